@@ -1,0 +1,82 @@
+"""How the outside talks about weights: names, shapes, and patterns that select them.
+
+A layer's name is `<component>/<module path>`, for example `transformer/blocks.3.attn1.to_q`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NewType
+
+__all__ = ["LayerKind", "LayerName", "LayerSpec", "matches", "named"]
+
+LayerName = NewType("LayerName", str)
+LayerKind = Literal["linear", "conv2d", "conv3d", "embedding"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One weight that a rule may select, read from file headers alone.
+
+    shape is torch's, output features first; block is the index of the transformer block it belongs
+    to, or None; keep says why the family wants it in high precision ("" if it does not).
+    """
+
+    name: LayerName
+    kind: LayerKind
+    shape: tuple[int, ...]
+    dtype: str
+    block: int | None
+    keep: str = ""
+
+    @property
+    def component(self) -> str:
+        return self.name.split("/", 1)[0]
+
+    @property
+    def module(self) -> str:
+        return self.name.split("/", 1)[1]
+
+    @property
+    def parameter(self) -> str:
+        """The weight's name inside its component's state dict."""
+        return f"{self.module}.weight"
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a rule's pattern selects a layer: `*` any run of characters, `{a,b}` alternatives."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    out, depth = [], 0
+    for character in pattern:
+        if character == "*":
+            out.append(".*")
+        elif character == "{":
+            out.append("(?:")
+            depth += 1
+        elif character == "}" and depth:
+            out.append(")")
+            depth -= 1
+        elif character == "," and depth:
+            out.append("|")
+        else:
+            out.append(re.escape(character))
+    if depth:
+        raise ValueError(f"pattern {pattern!r}: a '{{' is never closed")
+    return re.compile("".join(out))
+
+
+def named(specs: Sequence[LayerSpec]) -> dict[LayerName, LayerSpec]:
+    """The specs by name, in their order."""
+    return {spec.name: spec for spec in specs}

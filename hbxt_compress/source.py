@@ -1,0 +1,157 @@
+"""Source: a full-precision diffusers folder, found and checked before anything long starts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.store import file_sha256
+
+__all__ = ["BUILTIN", "Header", "Source", "locate", "read_headers"]
+
+BUILTIN = "builtin/tiny-wan"
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt")
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model folder. model: what the user asked for. files: path in the folder -> sha256."""
+
+    model: str
+    folder: Path
+    files: Mapping[str, str]
+
+    def key(self) -> dict[str, str]:
+        """What stands for this model in a result's key: its bytes, not where they lie."""
+        return dict(self.files)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; SourceError if it is missing or broken."""
+        path = self.folder / name
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SourceError(f"{path}: missing; is this a whole diffusers folder?") from None
+        except ValueError as error:
+            raise SourceError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(document, dict):
+            raise SourceError(f"{path}: expected a JSON object")
+        return document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A tensor as its safetensors header describes it; dtype as there (BF16, F16, F32, ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Source:
+    """The source for `builtin/tiny-wan`, a local folder, or a Hub id with a revision (org/name@rev).
+
+    memo: a JSON file that remembers hashes by path, size and mtime. hashed=False leaves the hashes
+    empty and reads no weights. Raises SourceError.
+    """
+    folder = _folder(model)
+    if not (folder / "model_index.json").is_file():
+        raise SourceError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
+    paths = sorted(p for pattern in _READ for p in folder.rglob(pattern) if ".cache" not in p.parts)
+    return Source(model=model, folder=folder, files=_hashes(folder, paths, memo) if hashed else dict.fromkeys((p.relative_to(folder).as_posix() for p in paths), ""))
+
+
+def _folder(model: str) -> Path:
+    if model == BUILTIN:
+        return Path(str(files("hbxt_compress"))) / "reference" / "tiny-wan"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    match = _HUB_ID.fullmatch(model)
+    if match is None or model.startswith((".", "/", "~")):
+        raise SourceError(f"model {model!r}: no such folder (nor a Hub id like org/name@revision)")
+    if match["revision"] is None:
+        raise SourceError(
+            f"model {model!r}: no such folder; if it is a Hub id, pin its revision: {model}@<commit hash>"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=["*/" + p for p in _READ] + list(_READ))  # fmt: skip
+    except Exception as error:  # the hub raises a dozen kinds; all mean "not to be had"
+        raise SourceError(
+            f"model {model!r}: could not be fetched from the Hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "without network, give the path of a local folder"
+        ) from None
+    return Path(found)
+
+
+def _hashes(folder: Path, paths: list[Path], memo: Path | None) -> dict[str, str]:
+    known: dict[str, str] = {}
+    if memo is not None and memo.is_file():
+        try:
+            known = json.loads(memo.read_text())
+        except ValueError:
+            known = {}
+    found = {}
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        known[key] = known.get(key) or file_sha256(path)
+        found[path.relative_to(folder).as_posix()] = known[key]
+    if memo is not None:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.with_suffix(".tmp").write_text(json.dumps(known))
+        memo.with_suffix(".tmp").replace(memo)
+    return found
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Every tensor of a component folder from its safetensors headers alone, sharded or not.
+
+    Raises SourceError for a folder without weights, and for files cut short or not safetensors.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise SourceError(f"{folder}: no .safetensors file (pickled checkpoints are never loaded)")
+    found: dict[str, Header] = {}
+    problems = []
+    for path in paths:
+        try:
+            found |= _read_header(path)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise SourceError("damaged weights; download them again:\n" + listing(problems))
+    return found
+
+
+def _read_header(path: Path) -> dict[str, Header]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"not a safetensors file, or cut short at {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError("its header is not JSON") from None
+    header.pop("__metadata__", None)
+    end = max((about["data_offsets"][1] for about in header.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"has {size} bytes where its header promises {8 + length + end}")
+    unknown = sorted({about["dtype"] for about in header.values()} - _BYTES.keys())
+    if unknown:
+        raise ValueError(f"holds dtypes {unknown}; expected full-precision weights")
+    return {
+        name: Header(file=path, shape=tuple(about["shape"]), dtype=about["dtype"])
+        for name, about in header.items()
+    }
