@@ -206,8 +206,9 @@ def canonical(value: object) -> Any:
     if isinstance(value, Keyed):
         return value.key()
     if isinstance(value, BaseModel):
-        own = {"VERSION": vars(type(value))["VERSION"]} if "VERSION" in vars(type(value)) else {}
-        return {**{k: canonical(getattr(value, k)) for k in type(value).model_fields}, **own}
+        kind = type(value)
+        own = {"VERSION": vars(kind)["VERSION"]} if "VERSION" in vars(kind) else {}
+        return {"kind": kind.__name__, **{k: canonical(getattr(value, k)) for k in kind.model_fields}, **own}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

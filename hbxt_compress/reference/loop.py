@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["compiled", "cosine", "run"]
+__all__ = ["compiled", "cosine", "run", "trapezoid"]
 
 log = logging.getLogger(__name__)
 _SAVE_EVERY_S = 120.0
@@ -29,6 +29,14 @@ def cosine(step: int, n_steps: int, peak: float, *, warmup: int = 100, floor: fl
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, n_steps - warmup)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def trapezoid(step: int, n_steps: int, peak: float, *, warmup: int = 100, decay: int = 1000) -> float:
+    """Learning rate of a step: linear warm-up, constant, linear to zero over the last `decay` steps.
+
+    Until the decay it does not depend on n_steps, so a longer training extends a shorter one.
+    """
+    return peak * min(1.0, (step + 1) / warmup, (n_steps - step) / decay)
 
 
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

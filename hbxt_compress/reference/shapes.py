@@ -135,7 +135,7 @@ def _place(rng: np.random.Generator, colour: str, shape: str, motion: str) -> Th
         orbit = 6.0 * speed
         x, y = rng.uniform(low + orbit, high - orbit, size=2)
     return Thing(
-        colour=colour, shape=shape, motion=motion, radius=radius, speed=speed, x=x, y=y,
+        colour=colour, shape=shape, motion=motion, radius=radius, speed=speed, x=float(x), y=float(y),
         phase=rng.uniform(0, 2 * np.pi),
     )  # fmt: skip
 

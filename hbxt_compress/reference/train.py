@@ -13,15 +13,11 @@ import platform
 import time
 from pathlib import Path
 
-from hbxt_compress.torchvision_ops import mend_torchvision
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
-mend_torchvision()
-
-import diffusers  # noqa: E402
-import torch  # noqa: E402
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline  # noqa: E402
-
-from hbxt_compress.reference import shapes, train_transformer, train_vae  # noqa: E402
+from hbxt_compress.reference import shapes, train_transformer, train_vae
 
 __all__ = ["main", "write_model"]
 

@@ -159,9 +159,9 @@ def train(
         bias[torch.rand(_BATCH, generator=g) < 0.5, ..., -1] = math.log(512 - TEXT_LENGTH + 1)
         x0 = latents[rows]
         eps = torch.randn(x0.shape, generator=g)
-        for optimizer, peak in ((muon, 2e-3), (adamw, 1.5e-3)):
+        for optimizer, peak in ((muon, 1.5e-3), (adamw, 1e-3)):
             for group in optimizer.param_groups:
-                group["lr"] = loop.cosine(k, n_steps, peak)
+                group["lr"] = loop.trapezoid(k, n_steps, peak)
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(*(t.to(device) for t in (x0, eps, sigma, text, mask, bias)))
         loss.backward()

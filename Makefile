@@ -1,0 +1,79 @@
+# The doors. No logic and no dependency graph but the virtual environment: finished work is found
+# in the store. `make` alone explains itself.
+
+RECIPE ?= w4a16
+MODEL ?= builtin/tiny-wan
+PROMPT ?= a red circle moving right on a black background
+BUILD ?= build
+PYTHON ?= python3
+VENV ?= .venv
+# rocm or migraphx put that build of ONNX Runtime in place of the CPU one; for torch on ROCm also
+# say TORCH_INDEX=https://download.pytorch.org/whl/rocm<version> before the first install
+EXTRA ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0 torchvision==0.28.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+HBXT := $(BIN)/hbxt
+STORE := $(BUILD)/store
+NAME := $(patsubst %.yaml,%,$(notdir $(RECIPE)))
+ARTIFACT := $(BUILD)/$(NAME)/artifact
+REPORT := $(BUILD)/$(NAME)/report
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quantize evaluate generate recipes test check bench reference-model clean
+
+help: ## explain these targets
+	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: RECIPE=$(RECIPE) MODEL=$(MODEL) BUILD=$(BUILD) EXTRA=$(EXTRA) PYTHON=$(PYTHON)"
+
+setup: $(VENV)/installed ## only install, into .venv; EXTRA=rocm or EXTRA=migraphx for AMD GPUs
+ifneq ($(EXTRA),)
+	$(PIP) install -e ".[$(EXTRA)]"
+	$(PIP) uninstall --yes onnxruntime onnxruntime-rocm onnxruntime-migraphx
+	$(PIP) install --no-deps "onnxruntime-$(EXTRA)"
+endif
+
+# PyTorch's own index has the small CPU build. It is asked for these two packages only, and briefly:
+# where it cannot be reached pip takes what its usual index has.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) install -e ".[dev]"
+	@touch $@
+
+quantize: $(VENV)/installed ## compress MODEL by RECIPE, measure the loss: build/<recipe>/{artifact,report}
+	$(HBXT) quantize $(RECIPE) --model $(MODEL) --store $(STORE) --out $(ARTIFACT)
+	$(HBXT) evaluate $(ARTIFACT) --store $(STORE) --out $(REPORT)
+
+evaluate: $(VENV)/installed ## measure the loss again
+	$(HBXT) evaluate $(ARTIFACT) --store $(STORE) --out $(REPORT)
+
+generate: $(VENV)/installed ## a clip of PROMPT with the compressed model: build/<recipe>/clip.mp4
+	$(HBXT) generate $(ARTIFACT) --prompt "$(PROMPT)" --out $(BUILD)/$(NAME)/clip.mp4
+
+recipes: $(VENV)/installed ## list the recipes
+	$(HBXT) recipes
+
+test: $(VENV)/installed ## run every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed ## formatting, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(VENV)/installed ## time RECIPE from an empty store
+	rm -rf $(BUILD)/bench
+	@began=$$(date +%s); $(HBXT) quantize $(RECIPE) --model $(MODEL) --store $(BUILD)/bench && \
+		echo "$(RECIPE): $$(( $$(date +%s) - began )) s"
+
+reference-model: $(VENV)/installed ## train the built-in model again from nothing (about two hours)
+	$(BIN)/python -m hbxt_compress.reference.train
+
+clean: ## remove results and caches, keep the installation
+	rm -rf $(BUILD) .hbxt dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,264 @@
+"""The command line: options say where and how loud, recipes say what. Errors become exit codes.
+
+Heavy imports happen inside the commands, so that `hbxt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from hbxt_compress.errors import HbxtError, QualityGateFailed, QualityUndecided, UsageError
+
+if TYPE_CHECKING:
+    from hbxt_compress.runtime.session import Provider
+
+__all__ = [
+    "BUILTIN", "copy", "evaluate", "generate", "hbxt", "main", "plan", "quantize", "recipes",
+    "show_recipe", "status", "verify",
+]  # fmt: skip
+
+BUILTIN = "builtin/tiny-wan"
+log = logging.getLogger(__name__)
+_path = click.Path(path_type=Path)
+_model = click.option("--model", default=BUILTIN, help="Model folder, or Hub id org/name@revision.")
+_store = click.option(
+    "--store", type=_path, default=Path(".hbxt"), envvar="HBXT_STORE", help="Folder of results."
+)
+_provider = click.Choice(["auto", "cpu", "migraphx", "rocm", "amdgpu"])
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_threads = click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."
+)
+_device = click.option("--device", default="cpu", help="torch device that computes.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("-v", "--verbose", is_flag=True, help="Tell every step, not only progress.")
+@click.option("--debug", is_flag=True, help="As -v, and show the traceback of an error.")
+@click.version_option(package_name="hbxt-compress", prog_name="hbxt")
+def hbxt(verbose: bool, debug: bool) -> None:
+    """Compress video diffusion models: quantize, export to ONNX, generate, measure the loss.
+
+    Start with `hbxt quantize w4a16`, which needs no network and no GPU.
+    """
+    from hbxt_compress.progress import watch
+
+    watch(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
+    if not (verbose or debug):
+        warnings.simplefilter("ignore")
+
+
+@hbxt.command()
+@_json
+def recipes(as_json: bool) -> None:
+    """List the recipes of the library."""
+    from hbxt_compress import library, show
+    from hbxt_compress.recipe import load_recipe
+
+    show.recipes([load_recipe(name) for name in library.names("recipes")], as_json)
+
+
+@hbxt.command("show")
+@click.argument("recipe")
+def show_recipe(recipe: str) -> None:
+    """Print RECIPE with its defaults.
+
+    JSON, checked, with the digest that results are filed under.
+    """
+    from hbxt_compress import show
+    from hbxt_compress.recipe import load_recipe
+
+    found = load_recipe(recipe)
+    show.as_json({**found.model_dump(mode="json"), "digest": found.digest})
+
+
+@hbxt.command()
+@click.argument("recipe")
+@_model
+@_json
+def plan(recipe: str, model: str, as_json: bool) -> None:
+    """Show the fate of every weight.
+
+    What RECIPE does to each, why, and the sizes; only file headers are read.
+    """
+    from hbxt_compress import pipeline, show
+    from hbxt_compress.recipe import load_recipe
+
+    found = load_recipe(recipe)
+    show.plan(found, pipeline.plan(found, model), as_json)
+
+
+@hbxt.command()
+@click.argument("recipe")
+@_model
+@click.option("--out", type=_path, help="Folder for the artifact; default: in the store.")
+@_store
+@_device
+@_threads
+@_json
+def quantize(
+    recipe: str, model: str, out: Path | None,
+    store: Path, device: str, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Compress a model as RECIPE says.
+
+    The result is an artifact that `generate` runs. Finished steps are found, not repeated.
+    """
+    from hbxt_compress import pipeline, show
+    from hbxt_compress.artifact import Artifact
+    from hbxt_compress.machine import Machine
+    from hbxt_compress.recipe import load_recipe
+    from hbxt_compress.store import Store
+
+    found = load_recipe(recipe)
+
+    machine = Machine(device=device, n_threads=threads)
+    folder = pipeline.compress(found, model, Store(store), machine=machine, out=out)
+    show.artifact(Artifact.open(folder, verify=False), as_json)
+
+
+@hbxt.command()
+@click.argument("artifact", type=_path)
+@click.option("--suite", "suite_name", help="Name or file; default: what the recipe promises on.")
+@click.option("--model", help="Full-precision model, if it has moved.")
+@click.option("--out", type=_path, help="Folder for the report; default: in the store.")
+@_store
+@_device
+@_threads
+@_json
+def evaluate(
+    artifact: Path, suite_name: str | None, model: str | None, out: Path | None,
+    store: Path, device: str, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure what ARTIFACT lost.
+
+    Against the full-precision model, with the same prompts and noise. Exit 3: a promise is broken;
+    4: it could not be decided.
+    """
+    from hbxt_compress import pipeline, show
+    from hbxt_compress.artifact import Artifact
+    from hbxt_compress.machine import Machine
+    from hbxt_compress.store import Store
+    from hbxt_compress.suite import load_suite
+
+    promised = Artifact.open(artifact, verify=True).manifest.recipe
+    suite = load_suite(suite_name or _promised_suite(promised))
+    machine = Machine(device=device, n_threads=threads)
+    report = pipeline.evaluate(artifact, suite, Store(store), model=model, out=out, machine=machine)
+    show.report(report, out, as_json)
+    if report.outcome == "fail":
+        raise QualityGateFailed("a promise of the recipe is broken; see the verdicts above")
+    if report.outcome == "undecided":
+        raise QualityUndecided("a promise could not be decided; see the verdicts above")
+
+
+@hbxt.command()
+@click.argument("artifact", type=_path)
+@click.option("--prompt", required=True, help="What the clip shows.")
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--steps", type=click.IntRange(1, 1000), help="Default: the model's own.")
+@click.option("--guidance", type=click.FloatRange(0, 100), help="Default: the model's own.")
+@click.option("--out", type=_path, default=Path("clip.mp4"))
+@click.option("--provider", type=_provider, default="auto", help="What runs the graphs.")
+@_threads
+def generate(
+    artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None, out: Path,
+    provider: Provider, threads: int | None,
+) -> None:  # fmt: skip
+    """Generate a clip with ARTIFACT."""
+    if out.suffix.lower() != ".mp4":
+        raise UsageError(f"--out {out}: clips are written as .mp4; give a name that ends so")
+    from hbxt_compress import show
+    from hbxt_compress.clips import write_mp4
+    from hbxt_compress.runtime.generate import Runtime
+
+    def step(done: int, total: int) -> None:
+        log.info("step", extra={"progress": (done, total, "denoising")})
+
+    with Runtime.open(artifact, provider=provider, n_threads=threads) as runtime:
+        clip = runtime.generate(prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
+        used = sorted(set(runtime.providers.values()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, clip.frames, clip.fps)
+    show.clip(clip, out, used)
+
+
+@hbxt.command()
+@click.argument("artifact", type=_path)
+def verify(artifact: Path) -> None:
+    """Check ARTIFACT against its manifest."""
+    from hbxt_compress import show
+    from hbxt_compress.artifact import Artifact
+
+    show.verified(Artifact.open(artifact, verify=True))
+
+
+@hbxt.command()
+@click.argument("recipe")
+@_model
+@_store
+@_json
+def status(recipe: str, model: str, store: Path, as_json: bool) -> None:
+    """Show which steps of RECIPE are done."""
+    from hbxt_compress import pipeline, show
+    from hbxt_compress.recipe import load_recipe
+    from hbxt_compress.store import Store
+
+    show.status(pipeline.status(load_recipe(recipe), model, Store(store)), as_json)
+
+
+@hbxt.command()
+@click.argument("recipe")
+@click.argument("file", type=_path)
+def copy(recipe: str, file: Path) -> None:
+    """Copy RECIPE to FILE to change it."""
+    from hbxt_compress import library
+
+    if not library.is_path(str(file)) or file.exists():
+        raise UsageError(
+            f"{file}: " + ("exists already" if file.exists() else "give a name that ends in .yaml")
+        )
+    text = library.find("recipes", recipe).read_text(encoding="utf-8")
+    name = re.sub(r"[^a-z0-9._-]+", "-", file.stem.lower()).strip("-._") or "recipe"
+    file.write_text(re.sub(r"(?m)^name: .*$", f"name: {name}", text, count=1), encoding="utf-8")
+
+
+def _promised_suite(recipe: object) -> str:
+    document = recipe.get("document", recipe) if isinstance(recipe, dict) else {}
+    return str(document.get("accept", {}).get("suite", "standard"))
+
+
+def _close_bars() -> None:
+    """Ends a progress bar that is being drawn, so that a message starts on its own line."""
+    for handler in logging.getLogger("hbxt_compress").handlers:
+        handler.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs and exits: 0 done, 1 failed, 2 bad input, 3 gate failed, 4 undecided, 130 stopped."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = hbxt.main(given, prog_name="hbxt", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _close_bars()
+        click.echo("interrupted; run the same command to continue", err=True)
+        code = 130
+    except (HbxtError, OSError) as error:
+        _close_bars()
+        if "--debug" in given:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code if isinstance(error, HbxtError) else 1
+    sys.exit(code if isinstance(code, int) else 0)

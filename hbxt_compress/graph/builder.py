@@ -1,0 +1,66 @@
+"""GraphBuilder: the few graph edits that a number format needs, so that formats never see onnx_ir.
+
+Every value gets its dtype and shape here, because ONNX shape inference knows no contrib operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+__all__ = ["CONTRIB", "GraphBuilder", "Value"]
+
+CONTRIB = "com.microsoft"
+Value = ir.Value
+
+
+class GraphBuilder:
+    """Adds initializers to a graph, and nodes in front of one of its nodes."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+        self._graph = graph
+        self._before = before
+
+    def initializer(self, name: str, tensor: Tensor) -> Value:
+        """A constant with the tensor's dtype and shape; its name must be new to the graph."""
+        if name in self._graph.initializers:
+            raise ValueError(f"the graph already has an initializer {name!r}")
+        data = ir.Tensor(tensor.detach().cpu().contiguous().numpy(), name=name)
+        value = ir.Value(
+            name=name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def float32(self, name: str, tensor: Tensor) -> Value:
+        """A float32 value of the tensor, stored as it is: float16 gets a Cast that loaders fold."""
+        stored = self.initializer(name, tensor)
+        if tensor.dtype == torch.float32:
+            return stored
+        return self.node("Cast", [stored], shape=tuple(tensor.shape), to=int(ir.DataType.FLOAT))
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[Value],
+        *,
+        shape: Sequence[int],
+        domain: str = "",
+        **attributes: int | float | str | Sequence[int],
+    ) -> Value:
+        """The one output, float32 of the given shape, of a new node."""
+        output = ir.Value(shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        node = ir.node(op_type, inputs, attributes, domain=domain, outputs=[output])
+        node.metadata_props.update(self._before.metadata_props)
+        self._graph.insert_before(self._before, node)
+        return output
+
+    @staticmethod
+    def shape_of(value: Value) -> tuple[int, ...]:
+        """The value's static shape."""
+        if value.shape is None or not value.shape.is_static():
+            raise ValueError(f"value {value.name!r} has no static shape: {value.shape}")
+        return tuple(int(size) for size in value.shape)

@@ -1,0 +1,142 @@
+"""Checks a component's files against a target's rules, reading no weights but 16-bit ones.
+
+It looks at what is on disk, so it also serves artifacts that others wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from hbxt_compress.graph.builder import CONTRIB
+from hbxt_compress.graph.external import ALIGNMENT, DATA_FILE
+from hbxt_compress.graph.targets import TARGETS, Target
+
+__all__ = ["Problem", "check_component", "check_model"]
+
+_KEYS = ["location", "offset", "length"]
+_ALIGNED_FROM = 1024 * 1024
+_LEAST_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A broken rule: in which file, at which node or value, and what is wrong."""
+
+    file: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.where}: {self.what}"
+
+
+def check_component(folder: Path, target: Target = TARGETS["rocm"]) -> tuple[Problem, ...]:
+    """All broken rules of a component's graphs; empty if it has none."""
+    files = sorted(folder.glob("*.onnx"))
+    if not files:
+        return (Problem(file=str(folder.name), where="folder", what="has no *.onnx file"),)
+    return tuple(problem for file in files for problem in check_model(file, target))
+
+
+def check_model(file: Path, target: Target = TARGETS["rocm"]) -> tuple[Problem, ...]:
+    """All broken rules of one graph and its external data."""
+    proto = onnx.load(file, load_external_data=False)
+    findings = list(_external(proto, file.parent))
+    # A tensor out of range cannot be read: report that alone.
+    if not findings:
+        model = ir.load(file)
+        for rule in (_versions, _values, _nodes):
+            findings.extend(rule(model, target))
+    return tuple(Problem(file=file.name, where=where, what=what) for where, what in findings)
+
+
+def _external(proto: onnx.ModelProto, folder: Path) -> Iterator[tuple[str, str]]:
+    for tensor in proto.graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if not entries:
+            continue
+        if [entry.key for entry in tensor.external_data] != _KEYS:
+            yield tensor.name, f"external data keys {list(entries)}, expected {_KEYS} in order"
+            continue
+        offset, length = int(entries["offset"]), int(entries["length"])
+        path = folder / DATA_FILE
+        if entries["location"] != DATA_FILE or not path.is_file():
+            yield tensor.name, f"external data in {entries['location']!r}, expected {DATA_FILE!r}"
+        elif offset + length > path.stat().st_size:
+            yield tensor.name, f"external data ends at {offset + length}, beyond the file's end"
+        if length > _ALIGNED_FROM and offset % ALIGNMENT:
+            yield tensor.name, f"offset {offset} is not a multiple of {ALIGNMENT}"
+
+
+def _versions(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
+    if model.ir_version > target.largest_ir_version:
+        yield "model", f"IR version {model.ir_version}, at most {target.largest_ir_version}"
+    if model.functions:
+        yield "model", f"{len(model.functions)} local functions, expected none"
+    for domain, version in model.opset_imports.items():
+        if domain not in target.operators:
+            yield "model", f"imports operator domain {domain!r}"
+        elif version not in (target.opsets if domain == "" else {1}):
+            yield "model", f"opset {version} of domain {domain!r}"
+
+
+def _values(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs, *_inner(graph)):
+        if value.shape is None or not value.shape.is_static():
+            yield value.name, f"shape {value.shape} is not static"
+        if value.dtype is None or value.dtype.name not in target.dtypes:
+            yield value.name, f"has dtype {value.dtype}"
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
+            yield value.name, f"is {value.dtype} at the graph's edge, expected FLOAT or INT64"
+    for value in graph.initializers.values():
+        if value.const_value.dtype == ir.DataType.FLOAT16:
+            if not np.isfinite(value.const_value.numpy()).all():
+                yield value.name, "has float16 values that are not finite"
+        elif value.const_value.dtype.name not in target.dtypes:
+            yield value.name, f"has dtype {value.const_value.dtype}"
+
+
+def _inner(graph: ir.Graph) -> Iterator[ir.Value]:
+    for node in graph:
+        yield from (output for output in node.outputs if output.name)
+
+
+def _nodes(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
+    for node in model.graph:
+        where = node.name or node.op_type
+        if node.op_type not in target.operators.get(node.domain, frozenset()):
+            yield where, f"operator {node.domain or 'ai.onnx'}::{node.op_type} is not allowed"
+        for index in target.constant_arguments.get(node.op_type, ()):
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is not None and value.const_value is None:
+                yield where, f"input {index} of {node.op_type} is not constant"
+        if (node.domain, node.op_type) == (CONTRIB, "MatMulNBits"):
+            yield from ((where, what) for what in _four_bits(node))
+        if node.op_type == "DequantizeLinear" and len(node.inputs) < 3:
+            yield where, "DequantizeLinear without a zero point"
+
+
+def _four_bits(node: ir.Node) -> Iterator[str]:
+    bits, block, k, n = (
+        node.attributes[name].as_int() if name in node.attributes else 0
+        for name in ("bits", "block_size", "K", "N")
+    )
+    level = node.attributes.get("accuracy_level")
+    if bits != 4:
+        yield f"MatMulNBits of {bits} bits, expected 4"
+    if len(node.inputs) != 3:
+        yield f"MatMulNBits with {len(node.inputs)} inputs, expected 3"
+    if level is not None and level.as_int():
+        yield f"MatMulNBits with accuracy_level {level.as_int()}, expected none"
+    if block < _LEAST_BLOCK or block & (block - 1) or k % block:
+        yield f"MatMulNBits block_size {block} with K {k}"
+    elif (shape := node.inputs[1].shape) is None or list(shape) != [n, k // block, block // 2]:
+        yield f"MatMulNBits weight of shape {shape}, expected {[n, k // block, block // 2]}"

@@ -1,0 +1,54 @@
+"""export_component: a component's graphs and weights, written to its folder and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hbxt_compress.errors import ExportError, listing
+from hbxt_compress.formats import WeightFormat
+from hbxt_compress.graph.capture import ComponentGraphs, capture
+from hbxt_compress.graph.check import check_component
+from hbxt_compress.graph.external import component_bytes, write_models
+from hbxt_compress.graph.parity import SESSION_OPTIONS
+from hbxt_compress.graph.passes import Precision, Storage, lower
+from hbxt_compress.layers import LayerName
+
+__all__ = ["SESSION_OPTIONS", "component_bytes", "export_component"]
+
+
+def export_component(
+    folder: Path,
+    component: ComponentGraphs,
+    weights: Mapping[LayerName, tuple[WeightFormat, Mapping[str, Tensor]]],
+    *,
+    precision: Precision,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes config.json, the graphs and model.onnx.data; the same inputs give the same bytes.
+
+    A layer that `weights` does not name is stored in `precision`; an empty payload means the
+    module's own weight in that format. Biases, norms and tables stay float32.
+
+    Raises:
+        ExportError: A weight overflows float16, a planned layer is not in the graph, or a graph
+            breaks a rule of the target.
+    """
+    storage = Storage(component.component, weights, precision)
+    models = {}
+    for name, spec in component.graphs.items():
+        models[name] = capture(spec)
+        lower(models[name], storage)
+        models[name].metadata_props.update({"component": component.component, **(facts or {})})
+    storage.require_all_used()
+    write_models(folder, models)
+    config = json.dumps(component.config, indent=2, sort_keys=True, default=str)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    if problems := check_component(folder):
+        raise ExportError(
+            f"{component.component}: the graphs break {len(problems)} rules of the target\n"
+            + listing([str(problem) for problem in problems])
+        )

@@ -1,0 +1,75 @@
+"""Model families: how a kind of diffusers folder is read, listed, run and exported.
+
+To add one: write a file here and a line in MODELS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Protocol
+
+from torch import nn
+
+from hbxt_compress.artifact import Geometry
+from hbxt_compress.errors import SourceError
+from hbxt_compress.graph.capture import ComponentGraphs
+from hbxt_compress.layers import LayerSpec
+from hbxt_compress.models.wan import Wan
+from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.source import Source
+
+__all__ = ["MODELS", "Family", "family_of"]
+
+
+class Family(Protocol):
+    """What the pipeline needs to know about a kind of model."""
+
+    name: str
+    pipelines: frozenset[str]  # `_class_name` values in model_index.json
+
+    def components(self, source: Source) -> tuple[str, ...]:
+        """Exported components in the order they run, experts apart."""
+
+    def layers(self, source: Source) -> tuple[LayerSpec, ...]:
+        """Every weight of two or more dimensions that inference needs, from headers alone."""
+
+    def parameters(self, source: Source) -> Mapping[str, int]:
+        """How many parameters each exported component has."""
+
+    def geometry(self, source: Source) -> Geometry:
+        """The clip size a user gets who asks for none."""
+
+    def text_length(self, source: Source) -> int:
+        """Tokens a prompt is padded to."""
+
+    def sampler(self, source: Source) -> SamplerSpec:
+        """The sampler this checkpoint was made for."""
+
+    def latent_shape(self, source: Source) -> tuple[int, int, int, int]:
+        """C T H W of the latents of such a clip."""
+
+    def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each latent channel: what the VAE decodes is z * std + mean."""
+
+    def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
+        """What to export of a loaded component."""
+
+    def weight_files(self, source: Source, component: str) -> dict[str, Path]:
+        """The safetensors file that holds each parameter of a component."""
+
+    def load(self, source: Source, component: str) -> nn.Module:
+        """The component's module in float32 and eval mode, every weight checked finite."""
+
+
+MODELS: Final[Mapping[str, Family]] = {"wan": Wan()}
+
+
+def family_of(source: Source) -> Family:
+    """The family that takes this folder; SourceError naming the class it has and those known."""
+    kind = source.config("model_index.json").get("_class_name")
+    for family in MODELS.values():
+        if kind in family.pipelines:
+            return family
+    known = sorted(name for family in MODELS.values() for name in family.pipelines)
+    raise SourceError(f"{source.folder / 'model_index.json'}: _class_name is {kind!r}; known: {', '.join(known)}")

@@ -1,0 +1,197 @@
+"""The Wan family: Wan2.1 (1.3B, 14B), Wan2.2 TI2V-5B and A14B, and folders of the same classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from hbxt_compress.torchvision_ops import mend_torchvision
+
+mend_torchvision()
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
+
+from hbxt_compress.artifact import Geometry  # noqa: E402
+from hbxt_compress.errors import SourceError, listing  # noqa: E402
+from hbxt_compress.graph.capture import ComponentGraphs  # noqa: E402
+from hbxt_compress.layers import LayerKind, LayerName, LayerSpec  # noqa: E402
+from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs  # noqa: E402
+from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs  # noqa: E402
+from hbxt_compress.sampler import SamplerSpec  # noqa: E402
+from hbxt_compress.source import Header, Source, read_headers  # noqa: E402
+
+__all__ = ["Wan"]
+
+_CLASSES: Final = {
+    "text_encoder": UMT5EncoderModel,
+    "transformer": WanTransformer3DModel,
+    "transformer_2": WanTransformer3DModel,
+    "vae_decoder": AutoencoderKLWan,
+}
+_FOLDER: Final = {"vae_decoder": "vae"}
+_BLOCK_PREFIX: Final = {"text_encoder": "encoder.block.", "transformer": "blocks.", "transformer_2": "blocks."}
+
+
+class Wan:
+    """WanPipeline folders. The VAE's encoder plays no part in generation and is left out."""
+
+    name = "wan"
+    pipelines = frozenset({"WanPipeline"})
+
+    def components(self, source: Source) -> tuple[str, ...]:
+        index = source.config("model_index.json")
+        second = index.get("transformer_2") or [None]
+        experts = ("transformer", "transformer_2") if second[0] else ("transformer",)
+        found = ("text_encoder", *experts, "vae_decoder")
+        problems = []
+        for component in found:
+            entry = (index.get(_FOLDER.get(component, component)) or [None, None])[1]
+            expected = _CLASSES[component].__name__
+            if entry != expected:
+                problems.append(f"{_FOLDER.get(component, component)}: is {entry}, expected {expected}")
+        if problems:
+            raise SourceError(f"{source.folder / 'model_index.json'}: not a Wan model\n" + listing(problems))
+        return found
+
+    def layers(self, source: Source) -> tuple[LayerSpec, ...]:
+        return tuple(
+            LayerSpec(
+                name=LayerName(f"{component}/{name.removesuffix('.weight')}"),
+                kind=_kind(name, header),
+                shape=header.shape,
+                dtype=header.dtype,
+                block=_block(component, name),
+            )
+            for component in self.components(source)
+            for name, header in sorted(_headers(source, component).items(), key=lambda item: _natural(item[0]))
+            if name.endswith(".weight") and len(header.shape) >= 2
+        )
+
+    def parameters(self, source: Source) -> Mapping[str, int]:
+        return {
+            component: sum(math.prod(h.shape) for h in _headers(source, component).values())
+            for component in self.components(source)
+        }
+
+    def geometry(self, source: Source) -> Geometry:
+        chosen = _generation(source)
+        z_dim = source.config("vae/config.json").get("z_dim", 16)
+        height, width, frames, fps = (704, 1280, 121, 24.0) if z_dim == 48 else (480, 832, 81, 16.0)
+        return Geometry(
+            height=int(chosen.get("height", height)),
+            width=int(chosen.get("width", width)),
+            n_frames=int(chosen.get("num_frames", frames)),
+            fps=float(chosen.get("fps", fps)),
+        )
+
+    def text_length(self, source: Source) -> int:
+        return int(_generation(source).get("max_sequence_length", 512))
+
+    def sampler(self, source: Source) -> SamplerSpec:
+        chosen = _generation(source)
+        guidance = float(chosen.get("guidance_scale", 5.0))
+        second = chosen.get("guidance_scale_2")
+        return SamplerSpec.from_diffusers(
+            source.config("scheduler/scheduler_config.json"),
+            n_steps=int(chosen.get("num_inference_steps", 50)),
+            guidance=guidance,
+            guidance_2=None if second is None else float(second),
+            boundary=source.config("model_index.json").get("boundary_ratio"),
+        )
+
+    def latent_shape(self, source: Source) -> tuple[int, int, int, int]:
+        """C T H W of the latents for this source's geometry."""
+        vae, clip = source.config("vae/config.json"), self.geometry(source)
+        space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+        return vae["z_dim"], (clip.n_frames - 1) // time + 1, clip.height // space, clip.width // space
+
+    def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        vae = source.config("vae/config.json")
+        return tuple(vae["latents_mean"]), tuple(vae["latents_std"])
+
+    def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
+        if component == "text_encoder":
+            return text_encoder_graphs(module, text_length=self.text_length(source))
+        shape = self.latent_shape(source)
+        if component == "vae_decoder":
+            return vae_decoder_graphs(module, latent_shape=shape)
+        length = self.text_length(source)
+        return transformer_graphs(module, latent_shape=shape, text_length=length, component=component)
+
+    def weight_files(self, source: Source, component: str) -> dict[str, Path]:
+        """The safetensors file that holds each parameter of a component."""
+        return {name: header.file for name, header in _headers(source, component).items()}
+
+    def load(self, source: Source, component: str) -> nn.Module:
+        folder = _FOLDER.get(component, component)
+        module = _empty(source, folder, component)
+        state = _state(source.folder / folder)
+        if component == "text_encoder":  # the embedding is tied; a checkpoint may hold it once
+            state.setdefault("encoder.embed_tokens.weight", state.get("shared.weight", torch.empty(0)))
+        try:
+            missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:
+            raise SourceError(f"{source.folder / folder}: weights and config.json disagree: {error}") from None
+        problems = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
+        if problems:
+            raise SourceError(
+                f"{source.folder / folder}: weights and config.json disagree:\n{listing(problems)}"
+            )
+        return module.eval().requires_grad_(False)
+
+
+def _empty(source: Source, folder: str, component: str) -> nn.Module:
+    """The module that config.json describes, its weights not yet there."""
+    config, kind = source.config(f"{folder}/config.json"), _CLASSES[component]
+    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    if found != kind.__name__:
+        raise SourceError(f"{source.folder / folder / 'config.json'}: describes {found}, expected {kind.__name__}")
+    if kind is UMT5EncoderModel:
+        return UMT5EncoderModel(UMT5Config(**config))
+    return kind.from_config(config)
+
+
+def _state(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a component in float32; SourceError naming those with NaN or infinity."""
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted({header.file for header in read_headers(folder).values()}):
+        state |= {name: tensor.float() for name, tensor in load_file(path).items()}
+    bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise SourceError(f"{folder}: {len(bad)} tensors hold NaN or infinity:\n{listing(bad)}")
+    return state
+
+
+def _generation(source: Source) -> dict[str, Any]:
+    present = "generation_config.json" in source.files
+    return source.config("generation_config.json") if present else {}
+
+
+def _headers(source: Source, component: str) -> dict[str, Header]:
+    headers = read_headers(source.folder / _FOLDER.get(component, component))
+    if component == "vae_decoder":
+        return {name: h for name, h in headers.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    if component == "text_encoder":  # a tied copy of the embedding that some checkpoints store twice
+        headers.pop("encoder.embed_tokens.weight", None)
+    return headers
+
+
+def _kind(name: str, header: Header) -> LayerKind:
+    if len(header.shape) > 2:
+        return "conv3d" if len(header.shape) == 5 else "conv2d"
+    return "embedding" if name.startswith("shared.") or "relative_attention_bias" in name else "linear"
+
+
+def _block(component: str, name: str) -> int | None:
+    prefix = _BLOCK_PREFIX.get(component)
+    return int(name[len(prefix) :].split(".")[0]) if prefix and name.startswith(prefix) else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

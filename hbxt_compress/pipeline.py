@@ -1,0 +1,106 @@
+"""The whole program: which results a command needs, in order. The store finds or makes each."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from hbxt_compress.artifact import Artifact
+from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.machine import Machine
+from hbxt_compress.models import family_of
+from hbxt_compress.plan import Plan, make_plan
+from hbxt_compress.prompts import load_prompts
+from hbxt_compress.recipe import Recipe, load_recipe
+from hbxt_compress.report import QualityReport
+from hbxt_compress.source import Source, locate
+from hbxt_compress.stages.calibrate import calibrate
+from hbxt_compress.stages.export import export
+from hbxt_compress.stages.quantize import quantize
+from hbxt_compress.stages.report import report, weights_at_hand
+from hbxt_compress.stages.sample import sample
+from hbxt_compress.store import Entry, Missing, Store, publish
+from hbxt_compress.suite import Suite
+
+__all__ = ["compress", "evaluate", "plan", "status"]
+
+_REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
+
+
+def plan(recipe: Recipe, model: str) -> Plan:
+    """What a recipe would do to every weight of a model; reads nothing but file headers."""
+    return _plan(recipe, locate(model, hashed=False))
+
+
+def compress(recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None) -> Path:
+    """The folder of a verified artifact; in `out` if that is given, else inside the store."""
+    entry = _artifact(recipe, locate(model, store.memo), store, machine)
+    return entry.folder if out is None else publish(entry, out, mark="manifest.json")
+
+
+def evaluate(
+    artifact: Path, suite: Suite, store: Store, *, machine: Machine, model: str | None = None, out: Path | None = None
+) -> QualityReport:
+    """The quality of an artifact against the full-precision model, both run by the same runtime."""
+    candidate = Artifact.open(artifact)
+    source = _source_of(candidate, model, store)
+    reference = Artifact.open(_artifact(load_recipe(_REFERENCE), source, store, machine).folder)
+    clips = [
+        store.result(sample, artifact=one, items=suite.items(), n_steps=suite.n_steps, on=machine)
+        for one in (reference, candidate)
+    ]
+    entry = store.result(
+        report,
+        reference=clips[0],
+        candidate=clips[1],
+        artifact=candidate,
+        suite=suite,
+        weights=weights_at_hand(suite.metrics),
+    )
+    return QualityReport.load(entry.folder if out is None else publish(entry, out, mark="report.json"))
+
+
+def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str]]:
+    """(stage, key, state) of each step towards the artifact, up to the first that is not done."""
+    peek = store.peek()
+    with suppress(Missing):
+        _artifact(recipe, locate(model, store.memo), peek, Machine())
+    return peek.seen
+
+
+def _plan(recipe: Recipe, source: Source) -> Plan:
+    family = family_of(source)
+    return make_plan(recipe, family.layers(source), family.parameters(source))
+
+
+def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
+    planned = _plan(recipe, source)
+    rounded = None
+    if planned.quantized:
+        names = tuple(layer.spec.name for layer in planned.quantized)
+        stats = store.result(
+            calibrate,
+            source=source,
+            prompts=load_prompts(recipe.calibration),
+            layers=names,
+            needs=planned.needs,
+            on=machine,
+        )
+        rounded = store.result(
+            quantize, source=source, layers=planned.quantized, stats=stats, how=recipe.round, on=machine
+        )
+    return store.result(export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe)
+
+
+def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
+    """The full-precision model an artifact was made from, checked to be the very same bytes."""
+    made_from = artifact.manifest.source
+    source = locate(model or str(made_from["model"]), store.memo)
+    wanted = dict(made_from["files"])
+    differing = sorted(n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n))
+    if differing:
+        raise SourceError(
+            f"{source.folder}: not the model that {artifact.folder} was made from; {len(differing)} files differ:\n"
+            f"{listing(differing)}\ngive the right one with --model"
+        )
+    return source

@@ -1,0 +1,1 @@
+"""QualityReport -> what people read: report.md, report.html and rows for a terminal."""

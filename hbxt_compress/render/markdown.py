@@ -1,0 +1,60 @@
+"""report.md: one screen that says what was lost, for what gain, and what the verdict is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hbxt_compress.render.table import BYTES_HEAD, METRICS_HEAD, byte_rows, metric_rows, notes
+from hbxt_compress.report import QualityReport
+
+__all__ = ["markdown", "write_markdown"]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_escape(cell) for cell in row) + " |" for row in cells)
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|`*_[]<":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
+
+
+def markdown(report: QualityReport) -> str:
+    """The report as Markdown text."""
+    name = _escape(str(report.recipe.get("name", "?")))
+    suite = _escape(str(report.suite.get("name", "?")))
+    parts = [
+        f"# Quality of `{name}` on suite `{suite}`",
+        f"**{_escape(report.conclusion)}**",
+        f"{report.n_clips} clips by the compressed model against {report.n_clips} by the "
+        "full-precision model: same prompts, seeds and noise, both through the same runtime.",
+        _table(METRICS_HEAD, metric_rows(report)),
+        _table(BYTES_HEAD, byte_rows(report)),
+    ]
+    reasons = [f"- {_escape(v.metric)}: {v.outcome}, {_escape(v.reason)}" for v in report.verdicts]
+    told = [f"- {_escape(name)}: {_escape(note)}" for name, note in notes(report)]
+    eyes = dict.fromkeys(
+        f"- {_escape(m.extractor)}: sha256 `{m.extractor_sha256}`"
+        for m in report.measurements
+        if m.extractor
+    )
+    by = sorted({m.interval_by for m in report.measurements if m.interval_by})
+    if by:
+        told.append(
+            f"- Intervals: {_escape('; '.join(by))} (seed {report.suite.get('measure_seed', 0)})."
+        )
+    for title, lines in (("Verdicts", reasons), ("Notes", told), ("Extractors", list(eyes))):
+        if lines:
+            parts += [f"## {title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_markdown(folder: Path, report: QualityReport) -> Path:
+    """Writes report.md and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.md"
+    path.write_text(markdown(report), encoding="utf-8")
+    return path

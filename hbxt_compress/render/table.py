@@ -1,0 +1,91 @@
+"""The rows of a report's tables as plain text, for the terminal, Markdown and HTML alike."""
+
+from __future__ import annotations
+
+from hbxt_compress.report import Measurement, QualityReport
+
+__all__ = [
+    "BYTES_HEAD",
+    "METRICS_HEAD",
+    "byte_rows",
+    "interval",
+    "metric_rows",
+    "notes",
+    "number",
+    "size",
+]
+
+METRICS_HEAD = (
+    "metric",
+    "value",
+    "95 % interval",
+    "worst clip",
+    "clips",
+    "better",
+    "limit",
+    "verdict",
+)
+BYTES_HEAD = ("component", "before", "after", "smaller")
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for None."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def size(n_bytes: int) -> str:
+    """1.23 GB, in powers of 1000."""
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{n_bytes} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def interval(one: Measurement) -> str:
+    """low .. high, or nothing."""
+    return "" if one.interval is None else f"{one.interval[0]:.4g} .. {one.interval[1]:.4g}"
+
+
+def metric_rows(report: QualityReport) -> list[tuple[str, ...]]:
+    """A row per measurement, as METRICS_HEAD names them; the unit stands with the value."""
+    verdicts = {verdict.metric: verdict for verdict in report.verdicts}
+    rows: list[tuple[str, ...]] = []
+    for one in report.measurements:
+        verdict = verdicts.get(one.metric)
+        value = f"{number(one.value)} {one.unit}".strip() if one.value is not None else "-"
+        if one.reference is not None:
+            value += f" (reference {number(one.reference)})"
+        rows.append(
+            (
+                one.metric,
+                value,
+                interval(one),
+                number(one.worst) if one.worst is not None else "",
+                str(one.n or ""),
+                one.direction,
+                f"{verdict.limit:g}" if verdict else "",
+                verdict.outcome if verdict else "",
+            )
+        )
+    return rows
+
+
+def byte_rows(report: QualityReport) -> list[tuple[str, ...]]:
+    """A row per component and one for all, as BYTES_HEAD names them."""
+    sizes = {name: (each["before"], each["after"]) for name, each in report.components.items()}
+    sizes["all"] = (report.bytes_before, report.bytes_after)
+    return [
+        (name, size(before), size(after), f"{before / after:.2f}x" if after else "-")
+        for name, (before, after) in sizes.items()
+    ]
+
+
+def notes(report: QualityReport) -> list[tuple[str, str]]:
+    """(metrics, note) for every note of the measurements; metrics that share one stand together."""
+    found: dict[str, list[str]] = {}
+    for one in report.measurements:
+        if one.note:
+            found.setdefault(one.note, []).append(one.metric.split("[")[0])
+    return [(", ".join(names), note) for note, names in found.items()]

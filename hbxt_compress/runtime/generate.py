@@ -1,0 +1,296 @@
+"""Runtime: an artifact that generates clips.
+
+One component is in memory at a time (text encoder, transformer, its second expert, VAE decoder),
+unless keep=True, which opens each graph once for many clips. Frames stream out of the VAE latent
+frame by latent frame, so memory does not grow with the clip's length.
+
+Legend: L tokens, D text features, C T H W channels, frames, height and width (of latents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from hbxt_compress.artifact import Artifact, Manifest
+from hbxt_compress.clips import Clip, health, to_uint8
+from hbxt_compress.errors import HealthError, UsageError, listing
+from hbxt_compress.runtime.scheduler import Denoiser
+from hbxt_compress.runtime.session import Provider, Session, open_session
+from hbxt_compress.runtime.text import PromptTokenizer
+from hbxt_compress.sampler import SamplerSpec
+
+__all__ = ["Progress", "Runtime", "noise"]
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+@dataclass(slots=True, kw_only=True)
+class _Residents:
+    """The open graphs. Without keep, opening one component closes every other."""
+
+    folder: Path
+    provider: Provider
+    n_threads: int | None
+    config: dict[str, str]
+    keep: bool
+    open: dict[str, Session] = field(default_factory=dict)
+    used: dict[str, str] = field(default_factory=dict)
+
+    def get(self, component: str, file: str = "model.onnx") -> Session:
+        path = f"{component}/{file}"
+        if path not in self.open:
+            if not self.keep:
+                self.close(but=component)
+            self.open[path] = open_session(
+                self.folder / path, self.provider, n_threads=self.n_threads, config=self.config
+            )
+            self.used[path] = self.open[path].provider
+        return self.open[path]
+
+    def close(self, but: str | None = None) -> None:
+        for path in [path for path in self.open if path.split("/")[0] != but]:
+            del self.open[path]
+
+
+class Runtime:
+    """Generates from one artifact: `with Runtime.open(folder) as runtime: runtime.generate(...)`"""
+
+    def __init__(self, artifact: Artifact, residents: _Residents) -> None:
+        self.artifact = artifact
+        self._residents = residents
+        self._tokenize = PromptTokenizer(artifact.folder / "tokenizer", self.manifest.text_length)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        provider: Provider = "auto",
+        n_threads: int | None = None,
+        verify: bool = True,
+        keep: bool = False,
+    ) -> Self:
+        """A runtime on an artifact; keep=True keeps every graph open between clips.
+
+        Raises:
+            ArtifactError: the artifact is damaged, too new or reaches out of its folder.
+        """
+        artifact = Artifact.open(Path(folder), verify=verify)
+        residents = _Residents(
+            folder=artifact.folder,
+            provider=provider,
+            n_threads=n_threads,
+            config=dict(artifact.manifest.session),
+            keep=keep,
+        )
+        return cls(artifact, residents)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees every graph; the runtime stays usable and opens them again."""
+        self._residents.close()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.artifact.manifest
+
+    @property
+    def providers(self) -> dict[str, str]:
+        """What really ran each graph opened so far: `transformer/model.onnx` -> `cpu`."""
+        return dict(self._residents.used)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative: str = "",
+        seed: int = 0,
+        n_steps: int | None = None,
+        guidance: float | None = None,
+        latents: np.ndarray | None = None,
+        keep_latents: bool = False,
+        progress: Progress | None = None,
+        check: bool = True,
+    ) -> Clip:
+        """One clip; the same arguments give the same bytes on one machine.
+
+        n_steps and guidance replace the manifest's. latents: initial noise, float32 C T H W,
+        instead of the seed's. keep_latents: the state after every step goes into the clip.
+
+        Raises:
+            HealthError: non-finite, black or constant output; check=False returns it all the same.
+        """
+        states: list[np.ndarray] = []
+        problems: list[str] = []
+        steps = self.trajectory(
+            prompt,
+            negative=negative,
+            seed=seed,
+            n_steps=n_steps,
+            guidance=guidance,
+            latents=latents,
+            progress=progress,
+        )
+        for i, state in enumerate(steps, start=1):
+            n_bad = _n_not_finite(state)
+            if n_bad and not problems:
+                problems = [f"latents: {n_bad} of {state.size} are not finite after step {i}"]
+                if check:
+                    self._refuse(problems, prompt, seed)
+            states = [*states, state] if keep_latents else [state]
+        decoded = []
+        for i, sample in enumerate(self._samples(states[-1])):
+            if n_bad := _n_not_finite(sample):
+                problems.append(f"frame {i}: {n_bad} of {sample.size} values are not finite")
+            decoded.append(to_uint8(sample))
+        frames = np.stack(decoded)
+        problems += health(frames)
+        if not self._residents.keep:
+            self.close()
+        if check:
+            self._refuse(problems, prompt, seed)
+        return Clip(
+            frames=frames,
+            prompt=prompt,
+            seed=seed,
+            fps=self.manifest.geometry.fps,
+            latents=np.stack(states) if keep_latents else None,
+        )
+
+    def denoise(
+        self,
+        prompt: str,
+        *,
+        negative: str = "",
+        seed: int = 0,
+        n_steps: int | None = None,
+        guidance: float | None = None,
+        latents: np.ndarray | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """The clean latents of a prompt, float32 C T H W; arguments as for `generate`."""
+        *_, last = self.trajectory(
+            prompt,
+            negative=negative,
+            seed=seed,
+            n_steps=n_steps,
+            guidance=guidance,
+            latents=latents,
+            progress=progress,
+        )
+        return last
+
+    def trajectory(
+        self,
+        prompt: str,
+        *,
+        negative: str = "",
+        seed: int = 0,
+        n_steps: int | None = None,
+        guidance: float | None = None,
+        latents: np.ndarray | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The latents after each denoising step, float32 C T H W; arguments as for `generate`."""
+        spec = self.manifest.sampler.with_steps(n_steps).with_guidance(guidance)
+        x = noise(seed, self.manifest.latent_shape) if latents is None else self._checked(latents)
+        denoiser = Denoiser(spec)
+        scales = [spec.guidance_at(float(t)) for t in denoiser.timesteps]
+        cond = self.encode(prompt)
+        uncond = self.encode(negative) if max(scales) > 1 else None
+        for i, (timestep, scale) in enumerate(
+            zip(denoiser.timesteps, scales, strict=True), start=1
+        ):
+            velocity = self._velocity(spec, x, timestep, cond)
+            if uncond is not None and scale > 1:
+                other = self._velocity(spec, x, timestep, uncond)
+                velocity = _guided(velocity, other, scale)
+            x = denoiser.step(velocity, x)
+            if progress is not None:
+                progress(i, spec.n_steps)
+            yield x
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """The text features of a prompt, float32 1 L D; rows of padding are zero."""
+        ids, mask = self._tokenize(prompt)
+        session = self._residents.get("text_encoder")
+        hidden = session.run({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+        return np.where(mask[..., None] > 0, hidden, np.float32(0))
+
+    def frames(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """Frames uint8 H W 3 of clean latents (float32 C T H W), one after the other."""
+        return map(to_uint8, self._samples(latents))
+
+    def _samples(self, latents: np.ndarray) -> Iterator[np.ndarray]:
+        """The same in -1..1, float32."""
+        mean, std = (
+            np.array(values, dtype=np.float32)[None, :, None, None, None]
+            for values in (self.manifest.latents_mean, self.manifest.latents_std)
+        )
+        z = self._checked(latents)[None] * std + mean
+        caches: dict[str, np.ndarray] = {}
+        for t in range(z.shape[2]):
+            session = self._residents.get("vae_decoder", "model.onnx" if t else "model_first.onnx")
+            result = session.run({"latent_sample": z[:, :, t : t + 1], **caches})
+            yield from result.pop("sample")[0].transpose(1, 2, 3, 0)
+            caches = {name.replace("cache_out_", "cache_in_"): one for name, one in result.items()}
+
+    def _velocity(
+        self, spec: SamplerSpec, x: np.ndarray, timestep: np.float32, text: np.ndarray
+    ) -> np.ndarray:
+        expert = "transformer_2" if spec.second_expert(float(timestep)) else "transformer"
+        inputs = {
+            "hidden_states": x[None],
+            "timestep": np.array([timestep], dtype=np.float32),
+            "encoder_hidden_states": text,
+        }
+        velocity = self._residents.get(expert).run(inputs)["out_hidden_states"]
+        return np.asarray(velocity[0])
+
+    def _checked(self, latents: np.ndarray) -> np.ndarray:
+        if latents.shape != self.manifest.latent_shape:
+            raise UsageError(
+                f"latents are {latents.shape}, this artifact works on {self.manifest.latent_shape} "
+                "(C T H W)"
+            )
+        return np.ascontiguousarray(latents, dtype=np.float32)
+
+    def _refuse(self, problems: list[str], prompt: str, seed: int) -> None:
+        if problems:
+            raise HealthError(
+                f"the clip of {prompt!r} (seed {seed}) by {self.artifact.folder} is not healthy:\n"
+                f"{listing(problems)}\n"
+                "check the artifact with `hbxt verify`, and try the recipe fp16 on the same model"
+            )
+
+
+def noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The initial latents of a seed, float32 standard normal; the same on every machine."""
+    if seed < 0:
+        raise UsageError(f"seed {seed}: must be 0 or more")
+    return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
+
+
+@np.errstate(invalid="ignore", over="ignore")  # the health check reports it
+def _guided(cond: np.ndarray, uncond: np.ndarray, scale: float) -> np.ndarray:
+    return np.asarray(uncond + np.float32(scale) * (cond - uncond))
+
+
+def _n_not_finite(values: np.ndarray) -> int:
+    return values.size - int(np.count_nonzero(np.isfinite(values)))

@@ -1,0 +1,181 @@
+"""ONNX Runtime sessions with an honest choice of execution provider.
+
+ONNX Runtime's list of available providers proves nothing (a ROCm build without ROCm lists ROCm and
+computes on the CPU), and its Python wrapper retries on the CPU with a printed line. So a GPU is
+asked for alone, with fallback switched off twice, and what the session uses is read back from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import onnxruntime as ort
+
+from hbxt_compress.errors import RuntimeUnavailable, UsageError, listing
+
+__all__ = ["AMDGPU_LIBRARY", "Provider", "Session", "installed_providers", "open_session"]
+
+_log = logging.getLogger(__name__)
+
+Provider = Literal["auto", "cpu", "migraphx", "rocm", "amdgpu"]
+AMDGPU_LIBRARY = "HBXT_AMDGPU_LIBRARY"  # environment variable: path of the plug-in's library
+
+_NAMES: Mapping[str, str] = {
+    "amdgpu": "AMDGPUExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+_GPUS = ("amdgpu", "migraphx", "rocm")  # in order of preference
+_AMDGPU_MODULE = "onnxruntime_ep_amdgpu"
+_REMEDIES: Mapping[str, str] = {
+    "migraphx": "install ROCm with MIGraphX and the wheel onnxruntime-migraphx (it replaces "
+    "onnxruntime), or choose --provider cpu",
+    "rocm": "install ROCm and the wheel onnxruntime-rocm (it replaces onnxruntime; the newest is "
+    "1.22), or better use migraphx, or choose --provider cpu",
+    "amdgpu": f"install onnxruntime >= 1.24 and the AMD GPU plug-in, name its library in "
+    f"{AMDGPU_LIBRARY}, or choose --provider cpu",
+}
+
+
+class Session:
+    """One graph, opened; `provider` is the short name of what really runs it."""
+
+    def __init__(self, inner: ort.InferenceSession, provider: str) -> None:
+        self._inner = inner
+        self.provider = provider
+        self.input_shapes = {one.name: tuple(one.shape) for one in inner.get_inputs()}
+        self.outputs = tuple(one.name for one in inner.get_outputs())
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name."""
+        return dict(zip(self.outputs, self._inner.run(None, dict(inputs)), strict=True))
+
+
+def installed_providers() -> tuple[str, ...]:
+    """Short names of what this onnxruntime has, built in or as plug-in; no proof that it works."""
+    built = set(ort.get_available_providers())
+    found = [short for short in _GPUS if _NAMES[short] in built]
+    if "amdgpu" not in found and _amdgpu_library() is not None:
+        found.insert(0, "amdgpu")
+    return (*found, "cpu")
+
+
+def open_session(
+    path: Path,
+    provider: Provider = "auto",
+    *,
+    n_threads: int | None = None,
+    config: Mapping[str, str] | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> Session:
+    """The graph opened on the provider asked for, never silently on another one.
+
+    `auto` is the first of amdgpu, migraphx, rocm that is installed and opens the graph; the CPU
+    only where none of them is installed. config: session config entries, all applied as they are.
+    n_threads: of the CPU; None leaves it to ONNX Runtime.
+
+    Raises:
+        UsageError: a provider of another name.
+        RuntimeUnavailable: the provider is not installed, does not work here or refuses the graph.
+    """
+    if provider not in get_args(Provider):
+        raise UsageError(f"provider {provider!r}: must be one of {', '.join(get_args(Provider))}")
+    installed = installed_providers()
+    candidates: Sequence[str] = (provider,)
+    if provider == "auto":
+        candidates = installed[:-1] or ("cpu",)
+    reasons = []
+    for candidate in candidates:
+        if candidate not in installed:
+            reasons.append(f"{candidate}: not part of onnxruntime {ort.__version__} here")
+            continue
+        try:
+            session = _open(path, candidate, n_threads, config or {}, provider_options or {})
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            reasons.append(f"{candidate}: {_short(error)}")
+            continue
+        _log.info("%s/%s runs on %s", path.parent.name, path.name, session.provider)
+        return session
+    remedy = _REMEDIES.get(candidates[0], "check the artifact with `hbxt verify`")
+    raise RuntimeUnavailable(
+        f"{path.parent.name}/{path.name} cannot run with provider {provider} (installed: "
+        f"onnxruntime {ort.__version__} with {', '.join(installed)}):\n{listing(reasons)}\n{remedy}"
+    )
+
+
+def _open(
+    path: Path,
+    provider: str,
+    n_threads: int | None,
+    config: Mapping[str, str],
+    provider_options: Mapping[str, str],
+) -> Session:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # every failure reaches the user as an exception
+    options.inter_op_num_threads = 1
+    if n_threads is not None:
+        options.intra_op_num_threads = n_threads
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    name = _NAMES[provider]
+    if provider != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        ort.set_default_logger_severity(4)  # a provider that cannot load complains there, too
+    if provider == "amdgpu" and name not in ort.get_available_providers():
+        options.add_provider_for_devices(_amdgpu_devices(), dict(provider_options))
+        inner = ort.InferenceSession(str(path), options, enable_fallback=0)
+    else:
+        inner = ort.InferenceSession(
+            str(path), options, providers=[(name, dict(provider_options))], enable_fallback=0
+        )
+    inner.disable_fallback()
+    used = inner.get_providers()
+    if used[0] != name:
+        del inner
+        gc.collect()
+        raise RuntimeError(f"asked for {name}, but the session runs on {', '.join(used)}")
+    return Session(inner, provider)
+
+
+def _amdgpu_devices() -> list[object]:
+    """The first AMD GPU that the plug-in offers, registered if it was not."""
+    name = _NAMES["amdgpu"]
+    if not _devices(name):
+        library = _amdgpu_library()
+        ort.register_execution_provider_library(name, library)
+    devices = _devices(name)
+    if not devices:
+        raise RuntimeError(f"the plug-in of {name} finds no GPU")
+    return devices[:1]
+
+
+def _devices(name: str) -> list[object]:
+    return [device for device in ort.get_ep_devices() if device.ep_name == name]
+
+
+def _amdgpu_library() -> str | None:
+    """Path of the plug-in's library: the environment variable, else the plug-in's own package."""
+    if not hasattr(ort, "register_execution_provider_library"):
+        return None
+    if path := os.environ.get(AMDGPU_LIBRARY):
+        return path
+    if importlib.util.find_spec(_AMDGPU_MODULE) is None:
+        return None
+    module = importlib.import_module(_AMDGPU_MODULE)
+    return str(module.get_library_path()) if hasattr(module, "get_library_path") else None
+
+
+def _short(error: Exception) -> str:
+    """The first line of onnxruntime's message without its source file and status code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]) if lines else repr(error)

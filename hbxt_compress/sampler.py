@@ -1,0 +1,226 @@
+"""SamplerSpec: the numbers a flow-matching sampler runs on. They travel in the manifest.
+
+The schedules are those of diffusers' FlowMatchEulerDiscreteScheduler and of its
+UniPCMultistepScheduler with flow sigmas, to the last bit that float32 keeps. Options of theirs that
+no Wan checkpoint uses are refused by name rather than ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, Self, cast
+
+import numpy as np
+
+from hbxt_compress.errors import ArtifactError, SourceError, UsageError, listing
+
+__all__ = ["SamplerSpec", "Solver", "SolverType"]
+
+Solver = Literal["euler", "unipc"]
+SolverType = Literal["bh1", "bh2"]
+
+_EPS = 1e-6  # UniPC starts at 1 - eps: at sigma 1 the signal's logarithm is infinite
+
+# Options that must keep this value: option -> the only value supported.
+_EULER_ONLY: Mapping[str, object] = {
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+_UNIPC_ONLY: Mapping[str, object] = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "predict_x0": True,
+    "lower_order_final": True,
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+    "solver_p": None,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+# What diffusers assumes where a config is silent and that differs from what we need.
+_UNIPC_DEFAULTS: Mapping[str, object] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSpec:
+    """How latents are denoised: solver, steps, schedule and guidance.
+
+    Guidance follows diffusers: v = v_uncond + guidance * (v_cond - v_uncond); 1.0 means one forward
+    a step. With two experts, `transformer` serves timesteps >= boundary * n_train_timesteps and
+    `transformer_2` the rest, with `guidance_2` (None: the same guidance).
+    solver_order, solver_type and disable_corrector (steps without the corrector) are UniPC's.
+    """
+
+    solver: Solver
+    n_steps: int
+    shift: float
+    guidance: float
+    guidance_2: float | None = None
+    boundary: float | None = None
+    n_train_timesteps: int = 1000
+    solver_order: int = 2
+    solver_type: SolverType = "bh2"
+    disable_corrector: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.solver not in ("euler", "unipc"):
+            problems.append(f"solver {self.solver!r}: must be 'euler' or 'unipc'")
+        if self.n_steps < 1:
+            problems.append(f"n_steps {self.n_steps}: must be at least 1")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            problems.append(f"shift {self.shift}: must be a positive number")
+        for name, guidance in (("guidance", self.guidance), ("guidance_2", self.guidance_2)):
+            if guidance is not None and not (math.isfinite(guidance) and guidance >= 1):
+                problems.append(f"{name} {guidance}: must be at least 1.0, which turns it off")
+        if self.boundary is not None and not 0 <= self.boundary <= 1:
+            problems.append(f"boundary {self.boundary}: must lie in 0..1")
+        if self.guidance_2 is not None and self.boundary is None:
+            problems.append(f"guidance_2 {self.guidance_2}: needs a boundary and a second expert")
+        if self.n_train_timesteps < 1:
+            problems.append(f"n_train_timesteps {self.n_train_timesteps}: must be at least 1")
+        if self.solver_order not in (1, 2, 3):
+            problems.append(f"solver_order {self.solver_order}: must be 1, 2 or 3")
+        if self.solver_type not in ("bh1", "bh2"):
+            problems.append(f"solver_type {self.solver_type!r}: must be 'bh1' or 'bh2'")
+        if problems:
+            raise UsageError(f"the sampler cannot run:\n{listing(problems)}")
+
+    def with_steps(self, n_steps: int | None) -> Self:
+        """This spec with another number of steps; itself for None."""
+        return self if n_steps is None else replace(self, n_steps=n_steps)
+
+    def with_guidance(self, guidance: float | None) -> Self:
+        """This spec with one guidance for all steps and experts; itself for None."""
+        return self if guidance is None else replace(self, guidance=guidance, guidance_2=None)
+
+    def guidance_at(self, timestep: float) -> float:
+        """The guidance of a step; 1.0 or more."""
+        second = self.guidance if self.guidance_2 is None else self.guidance_2
+        return second if self.second_expert(timestep) else self.guidance
+
+    def second_expert(self, timestep: float) -> bool:
+        """Whether `transformer_2` serves this timestep."""
+        return self.boundary is not None and timestep < self.boundary * self.n_train_timesteps
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "disable_corrector": list(self.disable_corrector)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, object]) -> Self:
+        """The spec a manifest holds; ArtifactError for keys or values that are not a sampler's."""
+        known = {field.name for field in fields(cls)}
+        problems = [f"sampler.{key}: unknown key" for key in sorted(set(document) - known)]
+        required = {"solver", "n_steps", "shift", "guidance"}
+        problems += [f"sampler.{key}: missing" for key in sorted(required - set(document))]
+        if problems:
+            raise ArtifactError(f"the sampler is not readable:\n{listing(problems)}")
+        values = dict(document)
+        try:
+            values["disable_corrector"] = tuple(
+                cast(list[int], values.get("disable_corrector", ()))
+            )
+            return cls(**values)  # type: ignore[arg-type]
+        except (TypeError, UsageError) as error:
+            raise ArtifactError(f"the sampler is not readable: {error}") from error
+
+    @classmethod
+    def from_diffusers(
+        cls,
+        config: Mapping[str, object],
+        *,
+        n_steps: int,
+        guidance: float,
+        guidance_2: float | None = None,
+        boundary: float | None = None,
+    ) -> Self:
+        """The spec of a diffusers scheduler_config.json.
+
+        Raises:
+            SourceError: another scheduler class, or options not followed here (all named).
+        """
+        name = config.get("_class_name")
+        if name == "FlowMatchEulerDiscreteScheduler":
+            _refuse_others(config, _EULER_ONLY, {}, str(name))
+            own = {"solver": "euler", "shift": config.get("shift", 1.0)}
+        elif name == "UniPCMultistepScheduler":
+            _refuse_others(config, _UNIPC_ONLY, _UNIPC_DEFAULTS, str(name))
+            own = {
+                "solver": "unipc",
+                "shift": config.get("flow_shift", 1.0),
+                "solver_order": config.get("solver_order", 2),
+                "solver_type": config.get("solver_type", "bh2"),
+                "disable_corrector": tuple(cast(list[int], config.get("disable_corrector") or ())),
+            }
+        else:
+            raise SourceError(
+                f"scheduler class {name!r} is not supported: set scheduler/scheduler_config.json "
+                "to UniPCMultistepScheduler with flow sigmas or FlowMatchEulerDiscreteScheduler"
+            )
+        try:
+            return cls(
+                n_steps=n_steps,
+                guidance=guidance,
+                guidance_2=guidance_2,
+                boundary=boundary,
+                n_train_timesteps=cast(int, config.get("num_train_timesteps", 1000)),
+                **own,  # type: ignore[arg-type]
+            )
+        except (TypeError, UsageError) as error:
+            raise SourceError(f"{name}: {error}") from error
+
+    def sigmas(self) -> np.ndarray:
+        """n_steps + 1 noise levels from 1 down to 0, float32, as diffusers' scheduler has them."""
+        return np.append(self._levels(), 0.0).astype(np.float32)
+
+    def timesteps(self) -> np.ndarray:
+        """n_steps timesteps as the transformer receives them, float32; whole numbers for UniPC."""
+        if self.solver == "unipc":
+            return np.trunc(self._levels() * self.n_train_timesteps).astype(np.float32)
+        return np.asarray(self.sigmas()[:-1] * np.float32(self.n_train_timesteps))
+
+    def _levels(self) -> np.ndarray:
+        """The noise levels without the final 0, float64."""
+        if self.solver == "unipc":
+            levels = np.linspace(1, 1 / self.n_train_timesteps, self.n_steps + 1)[:-1]
+            levels = _shifted(levels, self.shift)
+            if abs(levels[0] - 1) < _EPS:
+                levels[0] -= _EPS
+            return levels
+        # diffusers shifts its whole training schedule and then what it picks between its ends.
+        n = self.n_train_timesteps
+        ends = np.array([n, 1], dtype=np.float32) / np.float32(n)
+        highest, lowest = (float(level) for level in _shifted(ends, self.shift))
+        return _shifted(np.linspace(highest * n, lowest * n, self.n_steps) / n, self.shift)
+
+
+def _shifted(levels: np.ndarray, shift: float) -> np.ndarray:
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def _refuse_others(
+    config: Mapping[str, object],
+    only: Mapping[str, object],
+    defaults: Mapping[str, object],
+    name: str,
+) -> None:
+    problems = []
+    for option, wanted in only.items():
+        value = config.get(option, defaults.get(option, wanted))
+        if value != wanted:
+            problems.append(f"{option}: {value!r} (only {wanted!r} is supported)")
+    if problems:
+        raise SourceError(
+            f"{name} has options this sampler does not follow; change them in "
+            f"scheduler/scheduler_config.json:\n{listing(problems)}"
+        )

@@ -1,0 +1,214 @@
+"""What a person sees on stdout: tables, or JSON where it was asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hbxt_compress.render.table import BYTES_HEAD, METRICS_HEAD, byte_rows, metric_rows, size
+
+if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
+    from hbxt_compress.artifact import Artifact
+    from hbxt_compress.clips import Clip
+    from hbxt_compress.plan import Plan
+    from hbxt_compress.recipe import Recipe
+    from hbxt_compress.report import QualityReport
+
+__all__ = [
+    "artifact",
+    "as_json",
+    "clip",
+    "plan",
+    "recipes",
+    "report",
+    "status",
+    "verified",
+]
+
+_LEAST_WIDTH = 110  # of a table that is not on a terminal
+_COLOUR = {
+    "pass": "green",
+    "fail": "red",
+    "undecided": "yellow",
+    "done": "green",
+    "partial": "yellow",
+}
+
+
+def _out() -> Console:
+    console = Console(highlight=False)
+    return (
+        console
+        if console.is_terminal
+        else Console(highlight=False, width=max(_LEAST_WIDTH, console.width))
+    )
+
+
+def as_json(document: object) -> None:
+    """Prints a JSON value."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def recipes(found: Sequence[Recipe], json_wanted: bool) -> None:
+    """Prints names, summaries and promises."""
+    if json_wanted:
+        return as_json([{"name": r.name, "summary": r.summary, "digest": r.digest} for r in found])
+    table = _table("recipe", "what it does", "promise")
+    for recipe in found:
+        limits = ", ".join(f"{metric} {limit:g}" for metric, limit in recipe.accept.limits.items())
+        table.add_row(recipe.name, recipe.summary, limits or "-")
+    return _out().print(table)
+
+
+def plan(recipe: Recipe, found: Plan, json_wanted: bool) -> None:
+    """Prints one row per fate: which layers, their format, the rule and why; then the sizes."""
+    if json_wanted:
+        return as_json(
+            {"recipe": {"name": recipe.name, "digest": recipe.digest}, **found.to_json()}
+        )
+    table = _table(
+        "component",
+        ">layers",
+        "format",
+        ">rule",
+        ">before",
+        ">after",
+        "why",
+        title=f"plan: {recipe.name}",
+    )
+    ordered = sorted(
+        found.layers, key=lambda layer: (layer.spec.component, layer.rule, layer.weights)
+    )
+    for (component, rule, weights), group in groupby(
+        ordered, key=lambda layer: (layer.spec.component, layer.rule, layer.weights)
+    ):
+        layers = list(group)
+        before, after = sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers)
+        style = "bold" if layers[0].quantized else "dim"
+        why = layers[0].reason
+        table.add_row(
+            component,
+            str(len(layers)),
+            weights,
+            str(rule),
+            size(before),
+            size(after),
+            why,
+            style=style,
+        )
+    out = _out()
+    out.print(table)
+    out.print(_sizes(found.components(), sum(found.parameters.values())))
+    return None
+
+
+def artifact(found: Artifact, json_wanted: bool) -> None:
+    """Prints where the artifact is, its sizes, and the layers that lost most."""
+    manifest = found.manifest
+    if json_wanted:
+        return as_json({"artifact": str(found.folder), "components": _plain(manifest.components)})
+    out = _out()
+    n_weights = sum(sizes["before"] for sizes in manifest.components.values()) // 2
+    out.print(_sizes(manifest.components, n_weights))
+    counts = sorted(
+        (fmt, len(list(g))) for fmt, g in groupby(sorted(layer.format for layer in manifest.layers))
+    )
+    out.print("layers: " + ", ".join(f"{count} {fmt}" for fmt, count in counts))
+    measured = [layer for layer in manifest.layers if layer.error is not None]
+    worst = sorted(measured, key=lambda layer: -(layer.error or 0.0))[:3]
+    if worst:
+        out.print(
+            "largest relative output error: " + ", ".join(f"{x.name} {x.error:.2%}" for x in worst)
+        )
+    return out.print(f"artifact: {found.folder}", soft_wrap=True)
+
+
+def report(found: QualityReport, folder: Path | None, json_wanted: bool) -> None:
+    """Prints a row per metric with its interval and verdict, the sizes and the conclusion."""
+    if json_wanted:
+        return as_json(found.to_json())
+    name = found.recipe.get("name", "?")
+    title = f"quality of {name} against full precision, {found.n_clips} clips"
+    table = _table(*METRICS_HEAD, title=title)
+    for *cells, outcome in metric_rows(found):
+        table.add_row(*map(escape, cells), f"[{_COLOUR.get(outcome, 'dim')}]{outcome}")
+    sizes = _table(*BYTES_HEAD)
+    for row in byte_rows(found):
+        sizes.add_row(*row, style="bold" if row[0] == "all" else None)
+    notes = [f"{one.metric}: {one.note}" for one in found.measurements if one.note]
+    notes += [f"{v.metric}: {v.outcome}: {v.reason}" for v in found.verdicts if v.outcome != "pass"]
+    out = _out()
+    out.print(table, sizes, *map(escape, notes), escape(found.conclusion), sep="\n")
+    if folder is not None:
+        out.print(escape(f"report: {folder / 'report.html'}"), soft_wrap=True)
+    return None
+
+
+def status(rows: Iterable[tuple[str, str, str]], json_wanted: bool) -> None:
+    """Prints which stages are done."""
+    rows = list(rows)
+    if json_wanted:
+        return as_json([{"stage": stage, "key": key, "state": state} for stage, key, state in rows])
+    table = _table("stage", "key", "state")
+    for stage, key, state in rows:
+        table.add_row(stage, key, f"[{_COLOUR.get(state, 'dim')}]{state}")
+    return _out().print(table)
+
+
+def clip(made: Clip, path: Path, providers: Sequence[str]) -> None:
+    """Prints what was written, and what ran it."""
+    n_frames, height, width = made.frames.shape[:3]
+    what = f"{n_frames} frames, {width}x{height}, {made.fps:g} fps, seed {made.seed}"
+    _out().print(escape(f"{path}: {what}, on {', '.join(providers)}"), soft_wrap=True)
+
+
+def verified(found: Artifact) -> None:
+    """Prints that every file is as the manifest says."""
+    records = found.manifest.files
+    total = size(sum(record.size_bytes for record in records))
+    _out().print(
+        escape(f"{found.folder}: {len(records)} files, {total}: as the manifest says"),
+        soft_wrap=True,
+    )
+
+
+def _sizes(components: Mapping[str, Mapping[str, int]], n_weights: int) -> Table:
+    table = _table("component", ">16 bit", ">compressed", ">ratio", ">bits a weight")
+    for name, sizes in components.items():
+        bits = 16 * sizes["after"] / max(1, sizes["before"])
+        ratio = f"{sizes['before'] / max(1, sizes['after']):.2f}x"
+        table.add_row(name, size(sizes["before"]), size(sizes["after"]), ratio, f"{bits:.2f}")
+    before, after = (
+        sum(sizes[key] for sizes in components.values()) for key in ("before", "after")
+    )
+    bits = 8 * after / max(1, n_weights)
+    table.add_section()
+    row = ("all", size(before), size(after), f"{before / max(1, after):.2f}x", f"{bits:.2f}")
+    table.add_row(*row, style="bold")
+    return table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """An empty table; a column that starts with > is right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(
+            column.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
+        )
+    return table
+
+
+def _plain(document: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: _plain(value) if isinstance(value, Mapping) else value
+        for key, value in document.items()
+    }

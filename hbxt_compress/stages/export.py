@@ -1,0 +1,135 @@
+"""Export: the ONNX artifact of a model, component by component, and its manifest.
+
+A component is written whole or not at all; a killed run goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from hbxt_compress import artifact as contract
+from hbxt_compress.artifact import LayerFate, Manifest, record_files, write_manifest
+from hbxt_compress.errors import ExportError
+from hbxt_compress.formats import FORMATS
+from hbxt_compress.graph.export import SESSION_OPTIONS, component_bytes, export_component
+from hbxt_compress.models import Family, family_of
+from hbxt_compress.plan import Plan
+from hbxt_compress.quantized import QuantizedModel
+from hbxt_compress.recipe import Recipe
+from hbxt_compress.source import Source
+from hbxt_compress.store import Entry, Work
+
+__all__ = ["FACTS", "VERSION", "export"]
+
+VERSION = 1
+FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
+log = logging.getLogger(__name__)
+_KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def export(work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe) -> None:
+    """Writes an artifact folder as hbxt_compress.artifact describes it.
+
+    model: what the user called the source; the manifest says so to `evaluate`.
+
+    Raises:
+        ExportError: a graph breaks a rule of the target, or weighs other than planned.
+    """
+    family = family_of(source)
+    quantized = QuantizedModel.load(rounded.folder) if rounded else QuantizedModel(weights={})
+    planned = plan.components()
+    for i, component in enumerate(planned):
+        log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
+        folder = work.folder / component
+        if not folder.exists():
+            unfinished = work.folder / f"{component}.tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            _write(unfinished, family, source, component, plan, quantized)
+            os.replace(unfinished, folder)
+    _copy_texts(source, work.folder, tuple(planned))
+    sizes = {c: {"before": planned[c]["before"], "after": component_bytes(work.folder / c)} for c in planned}
+    write_manifest(work.folder, _manifest(work.folder, family, source, model, plan, quantized, recipe, rounded, sizes))
+    log.info("export: done", extra={"progress": (len(planned), len(planned), "export")})
+
+
+def _write(
+    folder: Path, family: Family, source: Source, component: str, plan: Plan, quantized: QuantizedModel
+) -> None:
+    graphs = family.graphs(source, component, family.load(source, component))
+    weights = {
+        layer.spec.name: (
+            FORMATS[layer.weights],
+            quantized.weights[layer.spec.name].payload if layer.quantized else {},
+        )
+        for layer in plan.layers
+        if layer.spec.component == component
+    }
+    export_component(folder, graphs, weights, precision=plan.precision)
+
+
+def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> None:
+    """tokenizer/, scheduler/ and model_index.json, in the layout of diffusers and Optimum."""
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name in _TOKENIZER:
+        if f"tokenizer/{name}" in source.files:
+            shutil.copyfile(source.folder / "tokenizer" / name, folder / "tokenizer" / name)
+    if not (folder / "tokenizer" / "tokenizer.json").exists():
+        raise ExportError(
+            f"{source.folder / 'tokenizer'}: no tokenizer.json; save it once with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    kept = {key: value for key, value in source.config("model_index.json").items() if key in _KEPT_IN_INDEX}
+    document = {
+        "_class_name": "ORTWanPipeline",
+        **kept,
+        **{component: ["onnxruntime", "InferenceSession"] for component in components},
+    }
+    _write_json(folder / "model_index.json", document)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", source.config("scheduler/scheduler_config.json"))
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    folder: Path, family: Family, source: Source, model: str, plan: Plan, quantized: QuantizedModel, recipe: Recipe,
+    rounded: Entry | None, sizes: Mapping[str, Mapping[str, int]],
+) -> Manifest:  # fmt: skip
+    normal = family.latent_statistics(source)
+    return Manifest(
+        schema=contract.SCHEMA,
+        recipe={"name": recipe.name, "digest": recipe.digest, "document": recipe.model_dump(mode="json")},
+        source={"model": model, "family": family.name, "files": dict(source.files)},
+        components=sizes,
+        sampler=family.sampler(source),
+        geometry=family.geometry(source),
+        text_length=family.text_length(source),
+        latent_shape=family.latent_shape(source),
+        latents_mean=normal[0],
+        latents_std=normal[1],
+        layers=tuple(
+            LayerFate(
+                name=layer.spec.name,
+                format=layer.weights,
+                reason=layer.reason,
+                shape=layer.spec.shape,
+                bytes_before=layer.bytes_before,
+                bytes_after=layer.bytes_after,
+                error=quantized.weights[layer.spec.name].error if layer.quantized else None,
+            )
+            for layer in plan.layers
+        ),
+        lineage=({"stage": "quantize", "digest": rounded.digest},) if rounded else (),
+        made_with={name: version(name) for name in ("hbxt-compress", *FACTS)},
+        session=SESSION_OPTIONS,
+        files=record_files(folder),
+    )

@@ -1,0 +1,45 @@
+"""Report: the stored result of measuring one set of clips against another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hbxt_compress.artifact import Artifact
+from hbxt_compress.clips import ClipSet
+from hbxt_compress.metrics import METRICS, Unavailable, WeightFiles
+from hbxt_compress.stages.measure import measure
+from hbxt_compress.store import Entry, Work
+from hbxt_compress.suite import Suite
+
+__all__ = ["FACTS", "VERSION", "report", "weights_at_hand"]
+
+VERSION = 1
+FACTS = ("numpy", "torch", "lpips")
+
+
+def report(
+    work: Work, reference: Entry, candidate: Entry, artifact: Artifact, suite: Suite, weights: Mapping[str, str]
+) -> None:
+    """Writes report.json, .md, .html and clips; weights: what `weights_at_hand` said, for the key."""
+    document = artifact.manifest.recipe["document"]
+    measure(
+        work.folder,
+        ClipSet.load(reference.folder),
+        ClipSet.load(candidate.folder),
+        manifest=artifact.manifest,
+        suite={"name": suite.name, "digest": suite.digest, "n_steps": suite.n_steps, "seed": suite.seed},
+        metrics=suite.metrics,
+        limits=document["accept"]["limits"] if document["accept"]["suite"] == suite.name else {},
+    )
+
+
+def weights_at_hand(metrics: Sequence[str]) -> dict[str, str]:
+    """Per metric the sha256 of the network behind it, "" if there is none, or why it is missing."""
+    files = WeightFiles.from_environment()
+    found = {}
+    for name in metrics:
+        try:
+            found[name] = METRICS[name].load(files).extractor_sha256 or ""
+        except Unavailable as reason:
+            found[name] = str(reason)
+    return found

@@ -1,0 +1,160 @@
+"""The whole program on a micro model: quantize, resume after kill -9, generate, evaluate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from micro import write_micro_wan
+
+from hbxt_compress import pipeline
+from hbxt_compress.artifact import Artifact
+from hbxt_compress.errors import ArtifactError, SourceError
+from hbxt_compress.machine import Machine
+from hbxt_compress.recipe import load_recipe
+from hbxt_compress.runtime.generate import Runtime
+from hbxt_compress.store import Store
+from hbxt_compress.suite import Suite
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_micro_wan(tmp_path_factory.mktemp("micro") / "wan")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def artifact(micro: Path, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "artifact"
+    return pipeline.compress(load_recipe("tiny"), str(micro), store, machine=Machine(), out=out)
+
+
+def _suite(**changes: object) -> Suite:
+    document = {
+        "name": "two", "summary": "two prompts", "seed": 1, "n_steps": 2,
+        "metrics": ("psnr", "latent_error"), "prompts": ("a red circle", "a blue square"),
+    }  # fmt: skip
+    return Suite(**{**document, **changes})
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_the_artifact_is_whole_and_says_what_became_of_every_weight(artifact: Path, micro: Path) -> None:
+    manifest = Artifact.open(artifact).manifest
+    planned = pipeline.plan(load_recipe("tiny"), str(micro))
+    assert {layer.name: layer.format for layer in manifest.layers} == {
+        layer.spec.name: layer.weights for layer in planned.layers
+    }
+    for layer in manifest.layers:
+        assert layer.reason
+        if layer.format.startswith("int"):
+            assert layer.error is not None and 0 < layer.error < 0.1
+    for component, sizes in planned.components().items():
+        assert manifest.components[component]["after"] == pytest.approx(sizes["after"], rel=0.02)
+        assert manifest.components[component]["before"] == sizes["before"]
+
+
+def test_the_runtime_generates_from_it_and_repeats_itself(artifact: Path) -> None:
+    with Runtime.open(artifact, provider="cpu") as runtime:
+        one = runtime.generate("a red circle", seed=3, check=False, keep_latents=True)
+        two = runtime.generate("a red circle", seed=3, check=False)
+        other = runtime.generate("a red circle", seed=4, check=False)
+    assert one.frames.shape == (5, 32, 32, 3)
+    assert one.latents is not None and one.latents.shape == (3, 4, 2, 4, 4)
+    assert np.array_equal(one.frames, two.frames)
+    assert not np.array_equal(one.frames, other.frames)
+
+
+def test_two_runs_give_the_same_bytes(artifact: Path, micro: Path, tmp_path: Path) -> None:
+    again = pipeline.compress(
+        load_recipe("tiny"), str(micro), Store(tmp_path / "s"), machine=Machine(), out=tmp_path / "a"
+    )
+    assert _digest(again) == _digest(artifact)
+
+
+def test_killed_again_and_again_it_finishes_with_the_same_bytes(artifact: Path, micro: Path, tmp_path: Path) -> None:
+    store, out = tmp_path / "store", tmp_path / "artifact"
+    command = [
+        sys.executable, "-m", "hbxt_compress", "quantize", "tiny", "--model", str(micro), "--store", str(store),
+        "--out", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    seen: set[str] = set()
+    n_kills = 0
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None:
+        pieces = {p.relative_to(store).as_posix() for p in store.rglob("*") if p.is_file() and ".partial/" in p.as_posix() and not p.name.endswith(".tmp")} if store.exists() else set()  # fmt: skip
+        if pieces - seen and n_kills < 3:  # a new piece was finished: the worst moment to die
+            seen |= pieces
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            n_kills += 1
+            assert not out.exists()
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(0.02)
+    assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+    assert n_kills == 3
+    assert _digest(out) == _digest(artifact)
+
+
+def test_the_reference_against_itself_is_perfect(micro: Path, store: Store, tmp_path: Path) -> None:
+    folder = pipeline.compress(load_recipe("fp32"), str(micro), store, machine=Machine(), out=tmp_path / "fp32")
+    report = pipeline.evaluate(folder, _suite(), store, machine=Machine())
+    values = {one.metric: one.value for one in report.measurements}
+    assert values["latent_error"] == 0
+    assert values["psnr"] is not None and values["psnr"] >= 99
+
+
+def test_evaluation_compares_with_full_precision(artifact: Path, store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    report = pipeline.evaluate(artifact, _suite(), store, machine=Machine(), out=out)
+    values = {one.metric: one for one in report.measurements}
+    assert report.n_clips == 2
+    assert values["psnr"].value is not None and 5 < values["psnr"].value < 90
+    assert values["latent_error"].value is not None and values["latent_error"].value > 0
+    assert report.bytes_after < report.bytes_before
+    assert {"report.json", "report.md", "report.html"} <= {p.name for p in out.iterdir()}
+    assert json.loads((out / "report.json").read_text())["n_clips"] == 2
+    again = pipeline.evaluate(artifact, _suite(), store, machine=Machine(), out=out)
+    assert again == report
+
+
+def test_evaluation_refuses_another_model(artifact: Path, store: Store, tmp_path: Path) -> None:
+    other = write_micro_wan(tmp_path / "other", seed=5)
+    with pytest.raises(SourceError, match="not the model that"):
+        pipeline.evaluate(artifact, _suite(), store, model=str(other), machine=Machine())
+
+
+def test_a_changed_byte_is_refused(artifact: Path, micro: Path, store: Store, tmp_path: Path) -> None:
+    copy = pipeline.compress(load_recipe("tiny"), str(micro), store, machine=Machine(), out=tmp_path / "copy")
+    data = copy / "transformer" / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"transformer/model\.onnx\.data"):
+        Runtime.open(copy)
+
+
+def test_status_tells_what_is_done(micro: Path, store: Store, artifact: Path, tmp_path: Path) -> None:
+    assert artifact.exists()
+    done = pipeline.status(load_recipe("tiny"), str(micro), store)
+    assert [(stage, state) for stage, _, state in done] == [("calibrate", "done"), ("quantize", "done"), ("export", "done")]
+    fresh = pipeline.status(load_recipe("tiny"), str(micro), Store(tmp_path))
+    assert [state for *_, state in fresh] == ["missing"]

@@ -1,0 +1,286 @@
+"""The command line as a person meets it: what it prints, how it fails, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hbxt_compress import cli, library, pipeline
+from hbxt_compress.artifact import Artifact
+from hbxt_compress.recipe import load_recipe
+from hbxt_compress.report import SCHEMA, Measurement, QualityReport, Verdict
+from tests.fake_artifact import make_artifact
+
+
+class Run:
+    """Runs `hbxt` in this process; keeps what it said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> int:
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        self.out, self.err = self._capsys.readouterr()
+        assert "Traceback" not in self.err
+        return int(caught.value.code or 0)
+
+
+@pytest.fixture
+def hbxt(capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(capsys)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that generates."""
+    folder = tmp_path_factory.mktemp("artifact") / "fake"
+    make_artifact(folder)
+    return folder
+
+
+def test_help_answers_at_once() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = subprocess.run(
+        [sys.executable, "-m", "hbxt_compress", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    for command in (
+        "quantize",
+        "evaluate",
+        "generate",
+        "plan",
+        "recipes",
+        "show",
+        "status",
+        "verify",
+    ):
+        assert f"\n  {command} " in run.stdout
+    assert spent < 0.5, f"{spent:.2f} s of CPU time"
+
+
+@pytest.mark.parametrize("command", sorted(cli.hbxt.commands))
+def test_every_command_explains_itself(command: str, hbxt: Run) -> None:
+    assert hbxt(command, "--help") == 0
+    first = cli.hbxt.commands[command].get_short_help_str(100)
+    assert not first.endswith("...")
+    assert first in hbxt.out
+
+
+def test_wrong_usage_is_exit_code_2(hbxt: Run) -> None:
+    for arguments in (["nope"], ["plan"], ["plan", "--depth", "3", "w4a16"], ["generate", "x"]):
+        assert hbxt(*arguments) == 2
+        assert hbxt.err
+
+
+def test_recipes_are_listed(hbxt: Run) -> None:
+    assert hbxt("recipes") == 0
+    assert all(name in hbxt.out for name in library.names("recipes"))
+    assert hbxt("recipes", "--json") == 0
+    assert [r["name"] for r in json.loads(hbxt.out)] == list(library.names("recipes"))
+
+
+def test_show_prints_defaults_and_the_digest(hbxt: Run) -> None:
+    assert hbxt("show", "w4a16") == 0
+    shown = json.loads(hbxt.out)
+    assert shown["digest"] == load_recipe("w4a16").digest
+    assert shown["round"] == {"use": "rtn", "search": "mse"}
+
+
+def test_an_unknown_recipe_is_exit_code_2_with_a_suggestion(hbxt: Run) -> None:
+    for command in ("show", "plan", "quantize", "status"):
+        assert hbxt(command, "w4a61") == 2
+        assert "unknown recipe 'w4a61' (did you mean 'w4a16'?)" in hbxt.err
+        assert hbxt.out == ""
+
+
+def test_every_mistake_of_a_recipe_is_told_at_once(hbxt: Run, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = library.find("recipes", "tiny").read_text()
+    path.write_text(text.replace("calibration:", "calibraton:").replace("use: rtn", "use: rtx"))
+    assert hbxt("plan", path) == 2
+    assert "calibraton: unknown key (did you mean 'calibration'?)" in hbxt.err
+    assert "calibration: missing" in hbxt.err
+    assert "round.use: unknown name 'rtx'" in hbxt.err
+    assert hbxt.err.count(f"{path}:") == 3
+
+
+def test_plan_tells_every_fate_and_the_sizes(hbxt: Run, micro_wan: Path) -> None:
+    assert hbxt("plan", "w4a16", "--model", micro_wan) == 0
+    for text in ("int4-g128", "transformer", "text_encoder", "vae_decoder", "bits a weight"):
+        assert text in hbxt.out
+    assert hbxt("plan", "w4a16", "--model", micro_wan, "--json") == 0
+    planned = json.loads(hbxt.out)
+    assert planned["recipe"]["digest"] == load_recipe("w4a16").digest
+    sizes = planned["components"]["transformer"]
+    assert sizes["after"] < sizes["before"]
+    formats = {layer["weights"] for layer in planned["layers"]}
+    assert formats == {"int4-g128", "fp16"}
+    assert all(layer["reason"] for layer in planned["layers"])
+
+
+@pytest.mark.parametrize("name", library.names("recipes"))
+def test_every_recipe_plans_on_a_small_wan(name: str, micro_wan: Path) -> None:
+    plan = pipeline.plan(load_recipe(name), str(micro_wan))
+    assert {layer.spec.component for layer in plan.layers} == {
+        "transformer",
+        "text_encoder",
+        "vae_decoder",
+    }
+
+
+def test_a_rule_that_matches_nothing_is_exit_code_2(
+    hbxt: Run, tmp_path: Path, micro_wan: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    text = library.find("recipes", "tiny").read_text()
+    path.write_text(text.replace(".ffn.net.", ".ffm.net."))
+    assert hbxt("plan", path, "--model", micro_wan) == 2
+    assert "matches none of the model's" in hbxt.err
+    assert "ffm" in hbxt.err
+
+
+def test_a_model_that_is_not_there_is_exit_code_2(hbxt: Run, tmp_path: Path) -> None:
+    assert hbxt("plan", "w4a16", "--model", tmp_path / "none") == 2
+    assert "no such folder" in hbxt.err
+
+
+def test_an_interrupt_and_a_full_disk_are_one_line(
+    hbxt: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_with(error: BaseException) -> None:
+        def plan(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(pipeline, "plan", plan)
+
+    fail_with(KeyboardInterrupt())
+    assert hbxt("plan", "w4a16") == 130
+    assert "run the same command to continue" in hbxt.err
+    fail_with(OSError(28, "No space left on device", "/x/y"))
+    assert hbxt("plan", "w4a16") == 1
+    assert hbxt.err == "error: [Errno 28] No space left on device: '/x/y'\n"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--debug", "show", "w4a61"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_copy_makes_a_recipe_of_one_s_own(hbxt: Run, tmp_path: Path) -> None:
+    path = tmp_path / "My recipe.yaml"
+    assert hbxt("copy", "w8a16", path) == 0
+    mine = load_recipe(str(path))
+    assert mine.name == "my-recipe"
+    assert mine.rules == load_recipe("w8a16").rules
+    assert hbxt("copy", "w4a16", path) == 2
+    assert "exists already" in hbxt.err
+    assert load_recipe(str(path)) == mine
+
+
+def test_generate_writes_a_clip(hbxt: Run, artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "clip.mp4"
+    arguments = ["--prompt", "a red circle", "--out", out, "--provider", "cpu"]
+    assert hbxt("generate", artifact, *arguments) == 0
+    assert out.stat().st_size > 0
+    assert str(out) in hbxt.out
+    assert "cpu" in hbxt.out
+    assert "denoising" in hbxt.err
+
+
+def test_generate_refuses_what_it_cannot_do(hbxt: Run, artifact: Path, tmp_path: Path) -> None:
+    assert hbxt("generate", artifact, "--prompt", "x", "--out", tmp_path / "clip.avi") == 2
+    assert "clips are written as .mp4" in hbxt.err
+    assert hbxt("generate", artifact, "--prompt", "x", "--steps", "0") == 2
+    assert hbxt("generate", tmp_path, "--prompt", "x", "--out", tmp_path / "c.mp4") == 2
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_verify_accepts_a_whole_artifact_and_names_a_changed_file(
+    hbxt: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "artifact"
+    make_artifact(folder)
+    assert hbxt("verify", folder) == 0
+    assert "as the manifest says" in hbxt.out
+    victim = folder / "transformer" / "config.json"
+    victim.write_bytes(victim.read_bytes()[:-1] + b" ")
+    for command in (["verify"], ["generate", "--prompt", "x"], ["evaluate"]):
+        assert hbxt(command[0], folder, *command[1:]) == 2
+        assert "transformer/config.json" in hbxt.err
+
+
+def _report(*outcomes: str) -> QualityReport:
+    verdicts = tuple(
+        Verdict(metric=f"m{i}", limit=1.0, outcome=outcome, reason="because")  # type: ignore[arg-type]
+        for i, outcome in enumerate(outcomes)
+    )
+    one = Measurement(
+        metric="m0",
+        value=2.0,
+        interval=(1.5, 2.5),
+        n=4,
+        unit="dB",
+        direction="higher",
+        note="a note",
+    )
+    return QualityReport(
+        schema=SCHEMA, recipe={"name": "r"}, source={}, suite={}, n_clips=4, components={},
+        bytes_before=2000, bytes_after=1000, measurements=(one,), curves={}, layers=(),
+        verdicts=verdicts, conclusion="so it is", clips=(), made_with={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["pass"], 0),
+        ([], 0),
+        (["pass", "fail"], 3),
+        (["undecided"], 4),
+        (["undecided", "fail"], 3),
+    ],
+)
+def test_verdicts_become_exit_codes(
+    outcomes: list[str], code: int, hbxt: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "evaluate", lambda *_, **__: _report(*outcomes))
+    assert hbxt("evaluate", artifact, "--suite", "tiny") == code
+    assert "1.5 .. 2.5" in hbxt.out
+    assert "a note" in hbxt.out
+    assert "so it is" in hbxt.out
+    assert ("because" in hbxt.out) == (code != 0)
+    assert hbxt("evaluate", artifact, "--suite", "tiny", "--json") == code
+    assert QualityReport.from_json(json.loads(hbxt.out)) == _report(*outcomes)
+
+
+def test_evaluate_takes_the_suite_that_the_recipe_promises_on(
+    hbxt: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Artifact.open(artifact)
+    document = {"document": {"accept": {"suite": "tiny"}}}
+    opened = replace(whole, manifest=replace(whole.manifest, recipe=document))
+    monkeypatch.setattr(Artifact, "open", lambda *_, **__: opened)
+    asked = []
+
+    def evaluate(folder: Path, suite: object, *_: object, **__: object) -> QualityReport:
+        asked.append(suite)
+        return _report("pass")
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    assert hbxt("evaluate", artifact) == 0
+    assert [suite.name for suite in asked] == ["tiny"]  # type: ignore[attr-defined]
+    assert hbxt("evaluate", artifact, "--suite", "tyni") == 2
+    assert "unknown suite 'tyni' (did you mean 'tiny'?)" in hbxt.err

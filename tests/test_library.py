@@ -1,0 +1,94 @@
+"""Every file of the library is valid, says what it is, and stands in its folder's README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hbxt_compress import library
+from hbxt_compress.library import Shelf
+from hbxt_compress.metrics import METRICS
+from hbxt_compress.prompts import load_prompts
+from hbxt_compress.recipe import load_recipe
+from hbxt_compress.reference.shapes import Split, caption, scene
+from hbxt_compress.suite import load_suite
+
+RECIPES = library.names("recipes")
+SETS = library.names("calibration")
+SUITES = library.names("eval/suites")
+
+
+def test_the_library_has_what_the_product_promises() -> None:
+    assert {"fp32", "fp16", "w8a16", "w4a16", "tiny"} <= set(RECIPES)
+    assert {"standard", "tiny"} <= set(SETS)
+    assert {"standard", "tiny"} <= set(SUITES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_short_valid_and_named_after_its_file(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert len(recipe.digest) == 64
+    assert len(library.find("recipes", name).read_text().splitlines()) <= 40
+    last = recipe.rules[-1]
+    assert last.match == "*"
+    assert last.why or recipe.name == "fp32", "what is left over needs a reason"
+
+
+def test_recipes_differ() -> None:
+    assert len({load_recipe(name).digest for name in RECIPES}) == len(RECIPES)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_prompt_set_is_what_the_generator_says(name: str) -> None:
+    found = load_prompts(name)
+    assert found.name == name
+    assert found.prompts == _captions("calibration", len(found.prompts))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_is_what_the_generator_says(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name
+    assert suite.prompts == _captions("evaluation", len(suite.prompts))
+
+
+def test_no_prompt_is_both_calibrated_on_and_evaluated() -> None:
+    seen = {prompt for name in SETS for prompt in load_prompts(name).prompts}
+    judged = {prompt for name in SUITES for prompt in load_suite(name).prompts}
+    assert seen
+    assert judged
+    assert not seen & judged
+
+
+def test_promises_can_be_kept_or_broken_by_their_suite() -> None:
+    for name in RECIPES:
+        accept = load_recipe(name).accept
+        missing = set(accept.limits) - set(load_suite(accept.suite).metrics)
+        assert not missing, f"{name}: {accept.suite} does not measure {missing}"
+
+
+def test_the_standard_suite_measures_every_kind_of_metric() -> None:
+    measured = {METRICS[name].family for name in load_suite("standard").metrics}
+    assert measured == {metric.family for metric in METRICS.values()}
+
+
+@pytest.mark.parametrize(
+    ("shelf", "readme"),
+    [
+        ("recipes", "recipes/README.md"),
+        ("calibration", "calibration/README.md"),
+        ("eval/suites", "eval/README.md"),
+    ],
+)
+def test_every_file_has_one_row_in_the_readme(shelf: Shelf, readme: str, checkout: Path) -> None:
+    text = (checkout / readme).read_text()
+    rows = re.findall(r"^\| \[([^\]]+)\]\((?:suites/)?([^)]+)\.yaml\)", text, flags=re.M)
+    assert all(shown == target for shown, target in rows)
+    assert sorted(shown for shown, _ in rows) == list(library.names(shelf))
+
+
+def _captions(split: Split, count: int) -> tuple[str, ...]:
+    return tuple(caption(scene(split, index)) for index in range(count))

@@ -1,0 +1,89 @@
+"""Plans: first rule wins, nothing is left unsaid, every problem at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from hbxt_compress.errors import PlanError
+from hbxt_compress.formats import FORMATS
+from hbxt_compress.layers import LayerName, LayerSpec, matches
+from hbxt_compress.plan import make_plan
+from hbxt_compress.recipe import Acceptance, Recipe, Rule
+
+
+def _spec(name: str, *shape: int, kind: str = "linear") -> LayerSpec:
+    return LayerSpec(name=LayerName(name), kind=kind, shape=shape, dtype="F16", block=None)  # type: ignore[arg-type]
+
+
+def _recipe(*rules: Rule) -> Recipe:
+    from hbxt_compress.algorithms.rtn import Rtn
+
+    accept = Acceptance(suite="tiny")
+    return Recipe(name="r", summary="s", calibration="tiny", rules=rules, round=Rtn(), accept=accept)
+
+
+_SPECS = [_spec("transformer/blocks.0.ffn", 128, 256), _spec("transformer/proj_out", 48, 256)]
+_COUNTS = {"transformer": 128 * 256 + 48 * 256 + 100}
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    plan = make_plan(
+        _recipe(Rule(match="transformer/blocks.*", weights="int4-g64"), Rule(match="*", weights="keep", why="w")),
+        _SPECS,
+        _COUNTS,
+    )
+    assert [layer.weights for layer in plan.layers] == ["int4-g64", "fp16"]
+    assert [layer.rule for layer in plan.layers] == [0, 1]
+    assert plan.layers[1].reason == "w"
+
+
+def test_bytes_count_layers_by_format_and_the_rest_in_float32() -> None:
+    plan = make_plan(
+        _recipe(Rule(match="transformer/blocks.*", weights="int4-g64"), Rule(match="*", weights="keep", why="w")),
+        _SPECS,
+        _COUNTS,
+    )
+    after = 128 * 256 // 2 + 128 * (256 // 64) * 2 + 48 * 256 * 2 + 100 * 4
+    assert plan.components() == {"transformer": {"before": 2 * sum(_COUNTS.values()), "after": after}}
+    assert FORMATS["int4-g64"].bytes((128, 256)) == 128 * 256 // 2 + 128 * 4 * 2
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(
+            _recipe(Rule(match="transformer/blocks.*", weights="int4-g128"), Rule(match="transfromer/*", weights="int8-channel", why="x")),
+            [_spec("transformer/blocks.0.a", 8, 192), _spec("transformer/blocks.1.a", 8, 192), _SPECS[1]],
+            _COUNTS,
+        )  # fmt: skip
+    text = str(caught.value)
+    assert "transformer/blocks.0.a [8, 192]" in text
+    assert "transformer/blocks.1.a [8, 192]" in text
+    assert "int4-g64" in text
+    assert "rules[1] `transfromer/*`: matches none of the model's 3 weights" in text
+    assert "transformer/proj_out: no rule selects it" in text
+
+
+def test_a_convolution_cannot_take_int4() -> None:
+    with pytest.raises(PlanError, match="conv3d"):
+        make_plan(
+            _recipe(Rule(match="*", weights="int4-g32")), [_spec("vae_decoder/c", 8, 32, 3, 3, 3, kind="conv3d")], {}
+        )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("*", "a/b.c", True),
+        ("{a,b}/*.x", "b/y.z.x", True),
+        ("{a,b}/*.x", "c/y.x", False),
+        ("a/b.c", "a/bxc", False),
+        ("a/{p.{q,r},s}", "a/p.r", True),
+    ],
+)
+def test_patterns(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+def test_an_unclosed_brace_is_an_error() -> None:
+    with pytest.raises(ValueError, match="never closed"):
+        matches("a/{b", "a/b")

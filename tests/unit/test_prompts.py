@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from hbxt_compress.errors import RecipeError
+from hbxt_compress.prompts import PromptSet, load_prompts, seed_of
+
+_SET = "name: mine\nsummary: s\nseed: 1\nn_steps: 4\nobserve: [0, 3]\n"
+
+
+def _write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_seeds_are_stable_and_do_not_depend_on_order(tmp_path: Path) -> None:
+    forward = load_prompts(_write(tmp_path, _SET + "prompts: [a, b, c]\n")).items()
+    back = load_prompts(_write(tmp_path, _SET + "prompts: [c, b, a]\n")).items()
+    assert forward == back[::-1]
+    assert len({seed for _, seed in forward}) == 3
+    # the literal definition, which must never change: clips are found by it
+    digest = hashlib.sha256(b"1:a").hexdigest()
+    assert seed_of(1, "a") == int(digest[:8], 16) // 2
+    assert seed_of(2, "a") != seed_of(1, "a")
+    assert all(0 <= seed < 2**31 for _, seed in forward)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompts: [a, a]\n", "more than once: 'a'"),
+        ("prompts: []\n", "either prompts or rows"),
+        ("prompts: ['']\n", r"prompts\[0\]"),
+        ("prompts: [a]\nrows: {file: x.txt, sha256: " + "a" * 64 + ", count: 1}\n", "not both"),
+    ],
+)
+def test_prompts_that_make_no_sense_are_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_prompts(_write(tmp_path, _SET + text))
+
+
+@pytest.mark.parametrize("observe", ["[0, 4]", "[-1, 2]", "[2, 1]", "[1, 1]"])
+def test_observed_steps_must_rise_within_the_trajectory(tmp_path: Path, observe: str) -> None:
+    text = _SET.replace("[0, 3]", observe) + "prompts: [a]\n"
+    with pytest.raises(RecipeError, match=r"observe must rise within 0\.\.3"):
+        load_prompts(_write(tmp_path, text))
+
+
+def _rows(folder: Path, file: str, more: str = "count: 2") -> str:
+    digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    return _write(folder, _SET + f"rows: {{file: {file}, sha256: {digest}, first: 1, {more}}}\n")
+
+
+def test_rows_of_a_text_file_become_the_prompts(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
+    found = load_prompts(_rows(tmp_path, "p.txt"))
+    assert found.prompts == ("two", "three")
+    assert found.rows is None
+    plain = load_prompts(_write(tmp_path, _SET + "prompts: [two, three]\n"))
+    assert found.digest == plain.digest  # the digest is of what is said, not of where it stood
+
+
+def test_rows_of_a_parquet_column_become_the_prompts(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    table = {"id": [1, 2, 3], "caption": ["x", "y", "z"]}
+    Dataset.from_dict(table).to_parquet(str(tmp_path / "p.parquet"))
+    assert load_prompts(_rows(tmp_path, "p.parquet")).prompts == ("y", "z")
+    with pytest.raises(RecipeError, match=r"rows.column: .*\['id', 'caption'\], not 'text'"):
+        load_prompts(_rows(tmp_path, "p.parquet", "count: 2, column: text"))
+
+
+def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    with pytest.raises(RecipeError, match=r"wants rows 1\.\.2 of 2"):
+        load_prompts(_rows(tmp_path, "p.txt"))
+    path = _rows(tmp_path, "p.txt", "count: 1")
+    (tmp_path / "p.txt").write_text("other\ntwo\n")
+    with pytest.raises(RecipeError, match=r"rows\.sha256"):
+        load_prompts(path)
+    (tmp_path / "p.txt").unlink()
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_prompts(path)
+
+
+def test_a_set_without_prompts_cannot_be_built() -> None:
+    with pytest.raises(ValueError, match="either prompts or rows"):
+        PromptSet(name="x", summary="", seed=0, n_steps=1, observe=(0,))

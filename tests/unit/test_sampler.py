@@ -1,0 +1,152 @@
+"""The schedules against diffusers', and what the spec refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from hbxt_compress.errors import ArtifactError, SourceError, UsageError
+from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.torchvision_ops import mend_torchvision
+
+mend_torchvision()
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler  # noqa: E402
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+def spec(**changes: object) -> SamplerSpec:
+    values = {"solver": "unipc", "n_steps": 8, "shift": 3.0, "guidance": 4.0, **changes}
+    return SamplerSpec(**values)
+
+
+def from_config(config: dict, **changes: object) -> SamplerSpec:
+    return SamplerSpec.from_diffusers(config, **{"n_steps": 8, "guidance": 4.0, **changes})
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 4, 8, 30, 50, 999, 1000])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 5.0, 8.0, 12.0])
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_schedule_equals_diffusers(solver, shift, n_steps):
+    if solver == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    else:
+        scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=shift)
+    scheduler.set_timesteps(n_steps)
+    ours = from_config(
+        {**scheduler.config, "_class_name": type(scheduler).__name__}, n_steps=n_steps
+    )
+    assert ours.sigmas().dtype == ours.timesteps().dtype == np.float32
+    np.testing.assert_array_equal(ours.sigmas(), scheduler.sigmas.numpy())
+    np.testing.assert_array_equal(ours.timesteps(), scheduler.timesteps.float().numpy())
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_sigmas_fall_from_one_to_zero(solver):
+    sigmas = spec(solver=solver, n_steps=20).sigmas()
+    assert sigmas.shape == (21,)
+    assert sigmas[0] == pytest.approx(1, abs=2e-6)
+    assert sigmas[-1] == 0
+    assert (np.diff(sigmas) < 0).all()
+
+
+def test_other_training_length_equals_diffusers():
+    scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=5.0, num_train_timesteps=500)
+    scheduler.set_timesteps(6)
+    ours = from_config({**scheduler.config, "_class_name": "UniPCMultistepScheduler"}, n_steps=6)
+    np.testing.assert_array_equal(ours.timesteps(), scheduler.timesteps.float().numpy())
+
+
+def test_json_round_trip():
+    one = spec(guidance_2=3.0, boundary=0.875, disable_corrector=(0, 1), solver_order=3)
+    assert SamplerSpec.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_json_with_unknown_and_missing_keys_names_them_all():
+    document = {"solver": "unipc", "n_steps": 8, "sheft": 3.0}
+    with pytest.raises(ArtifactError) as error:
+        SamplerSpec.from_json(document)
+    for part in ("sampler.sheft: unknown", "sampler.shift: missing", "sampler.guidance: missing"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"n_steps": "8"}, {"n_steps": 0}, {"disable_corrector": 3}])
+def test_json_with_bad_values_is_an_artifact_error(change):
+    with pytest.raises(ArtifactError, match="sampler is not readable"):
+        SamplerSpec.from_json({**spec().to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_steps": 0}, "n_steps 0"),
+        ({"shift": float("nan")}, "shift nan"),
+        ({"shift": -1.0}, "shift -1.0"),
+        ({"guidance": 0.5}, "guidance 0.5"),
+        ({"guidance_2": 4.0}, "needs a boundary"),
+        ({"boundary": 1.5}, "boundary 1.5"),
+        ({"solver": "heun"}, "solver 'heun'"),
+        ({"solver_order": 4}, "solver_order 4"),
+        ({"solver_type": "bh3"}, "solver_type 'bh3'"),
+    ],
+)
+def test_impossible_specs_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        spec(**changes)
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(UsageError, match=r"(?s)n_steps 0.*guidance 0.0"):
+        spec(n_steps=0, guidance=0.0)
+
+
+def test_experts_and_their_guidance():
+    two = spec(boundary=0.9, guidance=4.0, guidance_2=3.0)
+    assert not two.second_expert(900.0)  # the boundary itself is the first expert's
+    assert two.second_expert(899.0)
+    assert (two.guidance_at(900.0), two.guidance_at(899.0)) == (4.0, 3.0)
+    assert two.with_guidance(2.0).guidance_at(899.0) == 2.0
+    assert not spec().second_expert(1.0)
+    assert spec().with_steps(None) == spec()
+    assert spec().with_steps(3).n_steps == 3
+
+
+def test_scheduler_of_another_class_is_named():
+    with pytest.raises(SourceError, match="'DDIMScheduler' is not supported"):
+        from_config({"_class_name": "DDIMScheduler"})
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({}, ("prediction_type: 'epsilon'", "use_flow_sigmas: False")),
+        ({**FLOW, "use_karras_sigmas": True}, ("use_karras_sigmas",)),
+        ({**FLOW, "lower_order_final": False}, ("lower_order_final",)),
+        ({**FLOW, "thresholding": True, "predict_x0": False}, ("thresholding", "predict_x0")),
+    ],
+)
+def test_unsupported_unipc_options_are_all_named(config, named):
+    with pytest.raises(SourceError) as error:
+        from_config({"_class_name": "UniPCMultistepScheduler", **config})
+    assert all(option in str(error.value) for option in named)
+
+
+def test_unsupported_euler_options_are_named():
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    with pytest.raises(SourceError, match="use_dynamic_shifting"):
+        from_config(config)
+
+
+def test_wan_config_is_read():
+    scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=5.0, solver_order=2)
+    config = {**scheduler.config, "_class_name": "UniPCMultistepScheduler"}
+    ours = from_config(config, boundary=0.875, guidance_2=3.0)
+    assert ours == spec(shift=5.0, boundary=0.875, guidance_2=3.0)
+
+
+def test_bad_value_in_config_is_a_source_error():
+    config = {"_class_name": "UniPCMultistepScheduler", **FLOW, "flow_shift": 0.0}
+    with pytest.raises(SourceError, match=r"shift 0\.0"):
+        from_config(config)

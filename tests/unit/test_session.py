@@ -1,0 +1,166 @@
+"""Which provider runs a graph, and what is said where it cannot."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from hbxt_compress.errors import RuntimeUnavailable, UsageError
+from hbxt_compress.runtime import session
+from hbxt_compress.runtime.session import installed_providers, open_session
+from tests.fake_artifact import LATENT_SHAPE, TEXT_LENGTH, make_artifact, velocity
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory) -> Path:
+    folder = make_artifact(tmp_path_factory.mktemp("session") / "artifact")
+    return folder / "transformer" / "model.onnx"
+
+
+def pretend(monkeypatch, *names: str) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*names, "CPUExecutionProvider"])
+
+
+class ForgetfulSession:
+    """What onnxruntime-rocm does without ROCm: takes the request and computes on the CPU."""
+
+    def __init__(self, path, options, providers=None, enable_fallback=1):
+        self.asked, self.options, self.retries = providers, options, enable_fallback
+
+    def disable_fallback(self):
+        pass
+
+    def get_providers(self):
+        return ["CPUExecutionProvider"]
+
+
+def test_cpu_runs_the_graph(graph):
+    opened = open_session(graph, "cpu", n_threads=1)
+    assert opened.provider == "cpu"
+    assert opened.input_shapes["hidden_states"] == (1, *LATENT_SHAPE)
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((1, *LATENT_SHAPE)).astype(np.float32)
+    text = generator.standard_normal((1, TEXT_LENGTH, 4)).astype(np.float32)
+    t = np.array([500], dtype=np.float32)
+    inputs = {"hidden_states": x, "timestep": t, "encoder_hidden_states": text}
+    out = opened.run(inputs)["out_hidden_states"]
+    np.testing.assert_allclose(out, velocity(x, 500, text), rtol=1e-5, atol=1e-6)
+
+
+def test_auto_without_any_gpu_provider_is_the_cpu_and_says_so(graph, monkeypatch, caplog):
+    pretend(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        assert open_session(graph, "auto").provider == "cpu"
+    assert "transformer/model.onnx runs on cpu" in caplog.text
+
+
+def test_unknown_provider(graph):
+    with pytest.raises(UsageError, match="'cuda': must be one of auto, cpu, migraphx"):
+        open_session(graph, "cuda")
+
+
+@pytest.mark.parametrize("provider", ["migraphx", "rocm", "amdgpu"])
+def test_a_provider_that_is_not_installed(graph, monkeypatch, provider):
+    pretend(monkeypatch)
+    with pytest.raises(RuntimeUnavailable) as error:
+        open_session(graph, provider)
+    message = str(error.value)
+    assert f"{provider}: not part of onnxruntime {ort.__version__}" in message
+    assert f"onnxruntime {ort.__version__} with cpu" in message
+    assert "--provider cpu" in message
+
+
+@pytest.mark.parametrize("provider", ["rocm", "auto"])
+def test_a_silent_fallback_is_refused(graph, monkeypatch, provider):
+    pretend(monkeypatch, "ROCMExecutionProvider")
+    monkeypatch.setattr(ort, "InferenceSession", ForgetfulSession)
+    with pytest.raises(RuntimeUnavailable, match="runs on CPUExecutionProvider"):
+        open_session(graph, provider)
+
+
+def test_a_gpu_is_asked_for_alone_and_without_fallback(graph, monkeypatch):
+    seen = []
+
+    class GpuSession(ForgetfulSession):
+        def get_providers(self):
+            seen.append(self)
+            return ["MIGraphXExecutionProvider"]
+
+        def get_inputs(self):
+            return []
+
+        get_outputs = get_inputs
+
+    pretend(monkeypatch, "MIGraphXExecutionProvider")
+    monkeypatch.setattr(ort, "InferenceSession", GpuSession)
+    opened = open_session(graph, "auto", provider_options={"migraphx_fp16_enable": "1"})
+    assert opened.provider == "migraphx"
+    assert seen[0].asked == [("MIGraphXExecutionProvider", {"migraphx_fp16_enable": "1"})]
+    assert seen[0].retries == 0
+    assert seen[0].options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+
+
+def test_auto_names_every_gpu_that_failed(graph, monkeypatch):
+    class Broken:
+        def __init__(self, path, options, providers=None, enable_fallback=1):
+            where = "/a/b.cc:1 f() [ONNXRuntimeError] : 1 : FAIL : "
+            raise RuntimeError(f"{where}{providers[0][0]} is broken\nand more")
+
+    pretend(monkeypatch, "MIGraphXExecutionProvider", "ROCMExecutionProvider")
+    monkeypatch.setattr(ort, "InferenceSession", Broken)
+    with pytest.raises(RuntimeUnavailable) as error:
+        open_session(graph, "auto")
+    message = str(error.value)
+    assert "migraphx: MIGraphXExecutionProvider is broken\n" in message
+    assert "rocm: ROCMExecutionProvider is broken\n" in message
+    assert "b.cc" not in message
+
+
+def test_plug_in_library_that_does_not_load(graph, monkeypatch, tmp_path):
+    library = tmp_path / "libamdgpu_ep.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setenv(session.AMDGPU_LIBRARY, str(library))
+    assert installed_providers()[0] == "amdgpu"
+    with pytest.raises(RuntimeUnavailable, match=r"amdgpu: .*libamdgpu_ep\.so"):
+        open_session(graph, "amdgpu")
+
+
+def test_plug_in_without_a_gpu(graph, monkeypatch):
+    monkeypatch.setenv(session.AMDGPU_LIBRARY, "some.so")
+    monkeypatch.setattr(ort, "register_execution_provider_library", lambda name, path: None)
+    with pytest.raises(RuntimeUnavailable, match="finds no GPU"):
+        open_session(graph, "amdgpu")
+
+
+def test_session_entries_reach_onnxruntime_even_unknown_ones(graph, monkeypatch):
+    seen = []
+    real = ort.InferenceSession
+
+    def spy(path, options, **others):
+        seen.append(options)
+        return real(path, options, **others)
+
+    monkeypatch.setattr(ort, "InferenceSession", spy)
+    entries = {"session.qdq_matmulnbits_accuracy_level": "1", "session.of_the_future": "yes"}
+    assert open_session(graph, "cpu", config=entries).provider == "cpu"
+    for key, value in entries.items():
+        assert seen[0].get_session_config_entry(key) == value
+
+
+def test_a_graph_that_cannot_be_read(tmp_path):
+    path = tmp_path / "transformer" / "model.onnx"
+    path.parent.mkdir()
+    path.write_bytes(b"nonsense")
+    with pytest.raises(RuntimeUnavailable, match=r"transformer/model\.onnx cannot run"):
+        open_session(path, "cpu")
+
+
+def test_nothing_is_printed(graph, monkeypatch, capfd):
+    open_session(graph, "cpu")
+    with pytest.raises(RuntimeUnavailable):
+        open_session(graph.with_name("absent.onnx"), "cpu")
+    assert capfd.readouterr() == ("", "")
