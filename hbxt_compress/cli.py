@@ -185,11 +185,9 @@ def generate(
         log.info("step", extra={"progress": (done, total, "denoising")})
 
     with Runtime.open(artifact, provider=provider, n_threads=threads) as runtime:
-        clip = runtime.generate(prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
-        used = sorted(set(runtime.providers.values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(out, clip.frames, clip.fps)
-    show.clip(clip, out, used)
+        frames = runtime.stream(prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
+        n_frames = write_mp4(out, frames, runtime.manifest.geometry.fps)
+        show.clip(out, n_frames, runtime.manifest.geometry, sorted(set(runtime.providers.values())))
 
 
 @hbxt.command()
@@ -214,6 +212,16 @@ def status(recipe: str, model: str, store: Path, as_json: bool) -> None:
     from hbxt_compress.store import Store
 
     show.status(pipeline.status(load_recipe(recipe), model, Store(store)), as_json)
+
+
+@hbxt.command()
+@click.argument("reports", type=_path, nargs=-1, required=True)
+def results(reports: tuple[Path, ...]) -> None:
+    """Print REPORTS (folders) as one Markdown table."""
+    from hbxt_compress.render.results import results_table
+    from hbxt_compress.report import QualityReport
+
+    click.echo(results_table([QualityReport.load(folder) for folder in reports]), nl=False)
 
 
 @hbxt.command()

@@ -32,6 +32,7 @@ from hbxt_compress.errors import (
 __all__ = [
     "Clip",
     "ClipSet",
+    "HealthTally",
     "contact_sheet",
     "health",
     "read_video",
@@ -186,13 +187,30 @@ def health(frames: np.ndarray) -> list[str]:
         frames = frames * 255
     elif frames.dtype != np.uint8:
         return [f"dtype {frames.dtype}: neither uint8 nor float"]
-    brightest = float(frames.max())
-    if brightest <= _BLACK:
-        return [f"all black: the brightest value is {brightest:.0f} of 255"]
-    spread = max(float(np.ptp(frame, axis=(0, 1)).max()) for frame in frames)
-    if spread <= _FLAT:
-        return [f"constant: no frame varies by more than {spread:.0f} of 255"]
-    return []
+    tally = HealthTally()
+    for frame in frames:
+        tally.add(frame)
+    return tally.problems()
+
+
+class HealthTally:
+    """The health of a clip whose frames (H W 3, 0..255) pass by one at a time."""
+
+    def __init__(self) -> None:
+        self._brightest = 0.0
+        self._spread = 0.0
+
+    def add(self, frame: np.ndarray) -> None:
+        self._brightest = max(self._brightest, float(frame.max()))
+        self._spread = max(self._spread, float(np.ptp(frame, axis=(0, 1)).max()))
+
+    def problems(self) -> list[str]:
+        """All black, or no spatial variation in any frame so far; [] if neither."""
+        if self._brightest <= _BLACK:
+            return [f"all black: the brightest value is {self._brightest:.0f} of 255"]
+        if self._spread <= _FLAT:
+            return [f"constant: no frame varies by more than {self._spread:.0f} of 255"]
+        return []
 
 
 def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:

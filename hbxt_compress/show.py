@@ -16,8 +16,7 @@ from rich.table import Table
 from hbxt_compress.render.table import BYTES_HEAD, METRICS_HEAD, byte_rows, metric_rows, size
 
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
-    from hbxt_compress.artifact import Artifact
-    from hbxt_compress.clips import Clip
+    from hbxt_compress.artifact import Artifact, Geometry
     from hbxt_compress.plan import Plan
     from hbxt_compress.recipe import Recipe
     from hbxt_compress.report import QualityReport
@@ -163,10 +162,9 @@ def status(rows: Iterable[tuple[str, str, str]], json_wanted: bool) -> None:
     return _out().print(table)
 
 
-def clip(made: Clip, path: Path, providers: Sequence[str]) -> None:
+def clip(path: Path, n_frames: int, size: Geometry, providers: Sequence[str]) -> None:
     """Prints what was written, and what ran it."""
-    n_frames, height, width = made.frames.shape[:3]
-    what = f"{n_frames} frames, {width}x{height}, {made.fps:g} fps, seed {made.seed}"
+    what = f"{n_frames} frames, {size.width}x{size.height}, {size.fps:g} fps"
     _out().print(escape(f"{path}: {what}, on {', '.join(providers)}"), soft_wrap=True)
 
 

@@ -22,9 +22,16 @@ __all__ = ["FORMATS", "WeightFormat"]
 class WeightFormat(Protocol):
     """A way to store one weight. Stateless; its name is its key in FORMATS."""
 
-    name: str
-    group: int | None  # input features that share a scale; None: a whole row
-    n_levels: tuple[int, int]  # codes below and above zero
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def group(self) -> int | None:
+        """Input features that share a scale; None: a whole row."""
+
+    @property
+    def n_levels(self) -> tuple[int, int]:
+        """Codes below and above zero; (0, 0): no codes."""
 
     def fits(self, spec: LayerSpec) -> str | None:
         """Why the weight cannot take this format and what to do, or None if it can."""
@@ -38,11 +45,18 @@ class WeightFormat(Protocol):
     def decode(self, payload: Mapping[str, Tensor]) -> Tensor:
         """The float32 weight that a payload stands for, O I."""
 
-    def emit(self, graph: GraphBuilder, name: str, x: Value, payload: Mapping[str, Tensor]) -> Value:
+    def emit(
+        self, graph: GraphBuilder, name: str, x: Value, payload: Mapping[str, Tensor]
+    ) -> Value:
         """Adds the nodes of x @ W^T and their initializers; returns the product (no bias)."""
 
 
-FORMATS: Final[Mapping[str, WeightFormat]] = {
-    f.name: f
-    for f in (Plain(bits=32), Plain(bits=16), Int8(), Int4(group=128), Int4(group=64), Int4(group=32))
-}
+_ALL: Final[tuple[WeightFormat, ...]] = (
+    Plain(bits=32),
+    Plain(bits=16),
+    Int8(),
+    Int4(group=128),
+    Int4(group=64),
+    Int4(group=32),
+)
+FORMATS: Final[Mapping[str, WeightFormat]] = {f.name: f for f in _ALL}

@@ -19,6 +19,7 @@ class Plain:
     """Names fp16, fp32. Takes every kind of weight, of any rank, output features first."""
 
     group: int | None = None
+    n_levels = (0, 0)  # it has no codes
 
     def __init__(self, *, bits: Literal[16, 32]) -> None:
         self.bits = bits

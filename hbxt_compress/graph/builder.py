@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-__all__ = ["CONTRIB", "GraphBuilder", "Value"]
+__all__ = ["CONTRIB", "GraphBuilder", "Value", "content_of", "name_of", "present"]
 
 CONTRIB = "com.microsoft"
 Value = ir.Value
@@ -63,4 +63,25 @@ class GraphBuilder:
         """The value's static shape."""
         if value.shape is None or not value.shape.is_static():
             raise ValueError(f"value {value.name!r} has no static shape: {value.shape}")
-        return tuple(int(size) for size in value.shape)
+        return tuple(value.shape.numpy())
+
+
+def present(value: Value | None) -> Value:
+    """An input that the operator requires."""
+    if value is None:
+        raise ValueError("a required input is missing")
+    return value
+
+
+def name_of(value: Value) -> str:
+    """The value's name: every value of a whole graph has one."""
+    if value.name is None:
+        raise ValueError(f"a value has no name: {value}")
+    return value.name
+
+
+def content_of(value: Value) -> ir.TensorProtocol:
+    """The tensor behind an initializer."""
+    if value.const_value is None:
+        raise ValueError(f"{value.name!r} is not an initializer")
+    return value.const_value

@@ -16,6 +16,8 @@ import torch
 from optimum.utils import DummyInputGenerator
 from torch import Tensor, nn
 
+from hbxt_compress.errors import ExportError
+
 __all__ = ["OPSET", "ComponentGraphs", "DummyInputs", "GraphSpec", "TensorSpec", "capture"]
 
 OPSET = 18
@@ -56,7 +58,7 @@ class ComponentGraphs:
     config: Mapping[str, object] = field(default_factory=dict)
 
 
-class DummyInputs(DummyInputGenerator):
+class DummyInputs(DummyInputGenerator):  # type: ignore[misc]  # optimum has no types
     """Random inputs of a GraphSpec, drawn from a generator of their own."""
 
     def __init__(self, inputs: Mapping[str, TensorSpec], seed: int = 0) -> None:
@@ -103,4 +105,6 @@ def capture(spec: GraphSpec) -> ir.Model:
             )
     finally:
         exporter_log.setLevel(level)
+    if program is None:
+        raise ExportError("torch.onnx.export returned no program")
     return program.model

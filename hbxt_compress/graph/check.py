@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from hbxt_compress.graph.builder import CONTRIB
+from hbxt_compress.graph.builder import CONTRIB, content_of, name_of, present
 from hbxt_compress.graph.external import ALIGNMENT, DATA_FILE
 from hbxt_compress.graph.targets import TARGETS, Target
 
@@ -90,18 +90,18 @@ def _values(model: ir.Model, target: Target) -> Iterator[tuple[str, str]]:
     graph = model.graph
     for value in (*graph.inputs, *graph.outputs, *_inner(graph)):
         if value.shape is None or not value.shape.is_static():
-            yield value.name, f"shape {value.shape} is not static"
+            yield name_of(value), f"shape {value.shape} is not static"
         if value.dtype is None or value.dtype.name not in target.dtypes:
-            yield value.name, f"has dtype {value.dtype}"
+            yield name_of(value), f"has dtype {value.dtype}"
     for value in (*graph.inputs, *graph.outputs):
         if value.dtype not in (ir.DataType.FLOAT, ir.DataType.INT64):
-            yield value.name, f"is {value.dtype} at the graph's edge, expected FLOAT or INT64"
+            yield name_of(value), f"is {value.dtype} at the graph's edge, expected FLOAT or INT64"
     for value in graph.initializers.values():
-        if value.const_value.dtype == ir.DataType.FLOAT16:
-            if not np.isfinite(value.const_value.numpy()).all():
-                yield value.name, "has float16 values that are not finite"
-        elif value.const_value.dtype.name not in target.dtypes:
-            yield value.name, f"has dtype {value.const_value.dtype}"
+        tensor = content_of(value)
+        if tensor.dtype.name not in target.dtypes:
+            yield name_of(value), f"has dtype {tensor.dtype}"
+        elif tensor.dtype == ir.DataType.FLOAT16 and not np.isfinite(tensor.numpy()).all():
+            yield name_of(value), "has float16 values that are not finite"
 
 
 def _inner(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -138,5 +138,9 @@ def _four_bits(node: ir.Node) -> Iterator[str]:
         yield f"MatMulNBits with accuracy_level {level.as_int()}, expected none"
     if block < _LEAST_BLOCK or block & (block - 1) or k % block:
         yield f"MatMulNBits block_size {block} with K {k}"
-    elif (shape := node.inputs[1].shape) is None or list(shape) != [n, k // block, block // 2]:
+    elif (shape := present(node.inputs[1]).shape) is None or list(shape) != [
+        n,
+        k // block,
+        block // 2,
+    ]:
         yield f"MatMulNBits weight of shape {shape}, expected {[n, k // block, block // 2]}"

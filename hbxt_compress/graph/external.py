@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
+from hbxt_compress.graph.builder import content_of, name_of
+
 __all__ = ["ALIGNMENT", "DATA_FILE", "INLINE_BYTES", "component_bytes", "write_models"]
 
 DATA_FILE = "model.onnx.data"
@@ -45,7 +47,7 @@ def _move(
     value: ir.Value, data: BinaryIO, written: dict[str, tuple[int, int]], folder: Path
 ) -> None:
     """Puts one initializer's bytes into the data file, if it is large, and refers to them."""
-    tensor = value.const_value
+    tensor = content_of(value)
     content = tensor.tobytes()
     if len(content) <= INLINE_BYTES:
         value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
@@ -64,7 +66,7 @@ def _move(
         offset,
         length,
         tensor.dtype,
-        shape=tensor.shape,
-        name=value.name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=name_of(value),
         base_dir=folder,
     )

@@ -12,6 +12,8 @@ from collections import Counter
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from hbxt_compress.graph.builder import name_of
+
 __all__ = ["name_everything"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -53,16 +55,17 @@ def _name_initializers(graph: ir.Graph) -> None:
     for node in graph:
         for value in node.inputs:
             if value is not None and value.name in graph.initializers:
-                order.setdefault(value.name)
+                order.setdefault(name_of(value))
     values = [graph.initializers[name] for name in order]
     graph.initializers.clear()
     n_constants = 0
     for value in values:
         value.metadata_props.clear()
         value.doc_string = None
-        if value.name.startswith(f"{_WRAPPED}."):
-            value.name = value.name.removeprefix(f"{_WRAPPED}.")
-        elif "." not in value.name:
+        name = name_of(value)
+        if name.startswith(f"{_WRAPPED}."):
+            value.name = name.removeprefix(f"{_WRAPPED}.")
+        elif "." not in name:
             value.name = f"constant_{n_constants}"
             n_constants += 1
         graph.register_initializer(value)

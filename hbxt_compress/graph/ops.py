@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,13 @@ __all__ = [
 ]
 
 LINEAR_DOMAIN = "hbxt"
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Linear(nn.Module):
     """x @ W^T + b as one node; a weight of higher rank counts as flattened to O I."""
 
-    def __init__(self, layer: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, layer: str, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.layer = layer
         self.weight = weight
@@ -53,10 +55,10 @@ class Linear(nn.Module):
 class RmsNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in elementary float32 nodes."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float | None) -> None:
         super().__init__()
         self.weight = weight
-        self.eps = eps
+        self.eps = torch.finfo(torch.float32).eps if eps is None else eps
 
     def forward(self, x: Tensor) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
@@ -89,7 +91,13 @@ class FastGelu(nn.Module):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, n_heads: int, scale: float, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    n_heads: int,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of B S H*D tensors as one MultiHeadAttention node; bias is 1 H S S, added."""
     inputs = (query, key, value) if bias is None else (query, key, value, None, None, bias)
@@ -103,7 +111,7 @@ def attend(
     )
 
 
-def shared_copy(module: nn.Module) -> nn.Module:
+def shared_copy(module: ModuleT) -> ModuleT:
     """A copy with modules of its own that shares the parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

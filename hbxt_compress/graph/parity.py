@@ -61,7 +61,7 @@ def measure_parity(file: Path, spec: GraphSpec, *, seed: int = 0) -> Parity:
 
 
 def require_parity(folder: Path, component: ComponentGraphs, *, tolerance: float) -> None:
-    """Raises ExportError if a graph's relative difference is above the tolerance or not a number."""
+    """Raises ExportError if a graph differs by more than the tolerance, or is not a number."""
     problems = []
     for name, spec in component.graphs.items():
         parity = measure_parity(folder / name, spec)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS, WeightFormat
-from hbxt_compress.graph.builder import CONTRIB, GraphBuilder
+from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, content_of, name_of, present
 from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
 from hbxt_compress.layers import LayerName
@@ -55,7 +55,8 @@ class Storage:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ExportError(
                     f"{layer}: cannot be stored as {chosen.name}: its largest absolute value "
-                    f"{float(weight.abs().max()):.6g} is beyond 65504 or not finite; store it as fp32"
+                    f"{float(weight.abs().max()):.6g} is beyond 65504 or not finite; "
+                    "store it as fp32"
                 )
         return chosen, payload
 
@@ -84,14 +85,14 @@ def cancel_transposes(model: ir.Model) -> None:
             continue
         perms = [list(n.attributes["perm"].as_ints()) for n in (first, node)]
         if [perms[0][axis] for axis in perms[1]] == list(range(len(perms[0]))):
-            node.outputs[0].replace_all_uses_with(first.inputs[0])
+            node.outputs[0].replace_all_uses_with(present(first.inputs[0]))
 
 
 def lower_linears(model: ir.Model, storage: Storage) -> None:
     """Before: hbxt::Linear(x, W[, b]) {layer}. After: the format's nodes, then Add of the bias."""
     graph = model.graph
     for node in [n for n in graph if n.domain == LINEAR_DOMAIN]:
-        x, weight, *rest = node.inputs
+        x, weight, *rest = (present(value) for value in node.inputs)
         layer = node.attributes["layer"].as_string()
         chosen, payload = storage.of(layer, _tensor(weight))
         builder = GraphBuilder(graph, node)
@@ -116,7 +117,7 @@ def store_other_weights(model: ir.Model, storage: Storage) -> None:
         weight = node.inputs[index]
         if weight is None or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
             continue
-        module = weight.name.removeprefix("model.").removesuffix(".weight")
+        module = name_of(weight).removeprefix("model.").removesuffix(".weight")
         tensor = _tensor(weight)
         chosen, payload = storage.of(f"{storage.component}/{module}", tensor)
         if set(payload) != {"weight"}:
@@ -158,7 +159,7 @@ def expand_fills(model: ir.Model) -> None:
         builder = GraphBuilder(graph, node)
         fill = builder.initializer(f"{name}/fill", torch.tensor(number))
         shape = builder.shape_of(node.outputs[0])
-        filled = builder.node("Expand", [fill, node.inputs[0]], shape=shape)
+        filled = builder.node("Expand", [fill, present(node.inputs[0])], shape=shape)
         node.outputs[0].replace_all_uses_with(filled, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         filled.name = name
@@ -186,4 +187,4 @@ def clean_up(model: ir.Model) -> None:
 
 def _tensor(value: ir.Value) -> Tensor:
     """An initializer as a torch tensor."""
-    return torch.from_numpy(np.asarray(value.const_value.numpy()))
+    return torch.from_numpy(np.asarray(content_of(value).numpy()))

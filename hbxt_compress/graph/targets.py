@@ -43,7 +43,7 @@ _CONTRIB = """
 
 # Parsed, but only with constant arguments, as control flow, or with other results than ORT's.
 _REFUSED = frozenset(
-    "ConstantOfShape If Loop MatMulIntegerToFloat NonZero Range Scan Shape".split()
+    {"ConstantOfShape", "If", "Loop", "MatMulIntegerToFloat", "NonZero", "Range", "Scan", "Shape"}
 )
 
 
@@ -72,7 +72,9 @@ _ROCM = Target(
         "": frozenset(_STANDARD.split()) - _REFUSED,
         "com.microsoft": frozenset(_CONTRIB.split()) - _REFUSED,
     },
-    dtypes=frozenset("FLOAT FLOAT16 INT64 INT32 BOOL INT8 UINT8 INT4 UINT4".split()),
+    dtypes=frozenset(
+        {"FLOAT", "FLOAT16", "INT64", "INT32", "BOOL", "INT8", "UINT8", "INT4", "UINT4"}
+    ),
     constant_arguments={
         "Expand": (1,),
         "Pad": (1,),

@@ -110,7 +110,7 @@ class _Transformer(nn.Module):
     ) -> None:
         super().__init__()
         tables = _RotaryTables(transformer.rope, latent_shape)
-        self.model = shared_copy(transformer)
+        self.model: WanTransformer3DModel = shared_copy(transformer)
         self.model.rope = tables
         self.model.patch_embedding = _PatchEmbedding(
             f"{component}/patch_embedding", transformer.patch_embedding
@@ -169,8 +169,8 @@ class _RotaryTables(nn.Module):
         self.register_buffer("cos", cos[0, :, :, 0::2].float().contiguous())
         self.register_buffer("sin", sin[0, :, :, 1::2].float().contiguous())
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos, self.sin
+    def forward(self, _: Tensor) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("cos"), self.get_buffer("sin")
 
 
 class _PatchEmbedding(Linear):
@@ -204,7 +204,7 @@ class _Sinusoid(nn.Module):
         self.scale = timesteps.scale
 
     def forward(self, timestep: Tensor) -> Tensor:
-        angle = timestep[:, None] * self.frequencies[None] * self.scale
+        angle = timestep[:, None] * self.get_buffer("frequencies")[None] * self.scale
         waves = [torch.sin(angle), torch.cos(angle)]
         return torch.cat(waves[::-1] if self.cos_first else waves, dim=-1)
 
@@ -225,7 +225,7 @@ def _attention(
         query = _rotate(query, *rotary)
         key = _rotate(key, *rotary)
     head_dim = attn.inner_dim // attn.heads
-    out = attend(query, key, value, attn.heads, head_dim**-0.5)
+    out = attend(query, key, value, n_heads=attn.heads, scale=head_dim**-0.5)
     return attn.to_out[0](out)
 
 
@@ -239,7 +239,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _TextEncoder(nn.Module):
     def __init__(self, encoder: UMT5EncoderModel, text_length: int, component: str) -> None:
         super().__init__()
-        self.model = shared_copy(encoder)
+        self.model: UMT5EncoderModel = shared_copy(encoder)
         attention = encoder.encoder.block[0].layer[0].SelfAttention
         self.register_buffer("buckets", _relative_buckets(attention, text_length))
         swap(self.model, _linear_swaps(component))
@@ -255,8 +255,12 @@ class _TextEncoder(nn.Module):
         return self.model.encoder.final_layer_norm(x)
 
     def _attention(self, attn: UMT5Attention, x: Tensor, mask: Tensor) -> Tensor:
-        bias = attn.relative_attention_bias(self.buckets).permute(2, 0, 1)[None] + mask
-        out = attend(attn.q(x), attn.k(x), attn.v(x), attn.n_heads, attn.scaling, bias)
+        bias = (
+            attn.relative_attention_bias(self.get_buffer("buckets")).permute(2, 0, 1)[None] + mask
+        )
+        out = attend(
+            attn.q(x), attn.k(x), attn.v(x), n_heads=attn.n_heads, scale=attn.scaling, bias=bias
+        )
         return attn.o(out)
 
 

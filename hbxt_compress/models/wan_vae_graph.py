@@ -85,10 +85,9 @@ class _Step(nn.Module):
         super().__init__()
         self.patch_size = vae.config.patch_size
         self.n_convolutions = sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
-        self.model = nn.Module()
-        self.model.post_quant_conv = shared_copy(vae.post_quant_conv)
-        self.model.decoder = shared_copy(vae.decoder)
-        self.model.post_quant_conv = _CausalConv(self.model.post_quant_conv)
+        self.model = nn.ModuleDict(
+            {"post_quant_conv": vae.post_quant_conv, "decoder": shared_copy(vae.decoder)}
+        )
         swap(self.model, _swaps)
 
     def decode(
@@ -96,11 +95,12 @@ class _Step(nn.Module):
     ) -> tuple[Tensor, ...]:
         """sample in -1..1, then the new caches, two frames each."""
         index = [0]
-        x = self.model.post_quant_conv(latent)
-        x = self.model.decoder(x, feat_cache=caches, feat_idx=index, first_chunk=first)
+        x = self.model["post_quant_conv"](latent)
+        x = self.model["decoder"](x, feat_cache=caches, feat_idx=index, first_chunk=first)
         if self.patch_size is not None:
             x = unpatchify(x, patch_size=self.patch_size)
-        return torch.clamp(x, min=-1.0, max=1.0), *map(_two_frames, caches[: index[0]])
+        kept = [cache for cache in caches[: index[0]] if cache is not None]
+        return torch.clamp(x, min=-1.0, max=1.0), *map(_two_frames, kept)
 
 
 class _FirstStep(_Step):
@@ -176,7 +176,7 @@ class _FrameAttention(nn.Module):
         frames = x[0].transpose(0, 1)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)
         query, key, value = qkv.chunk(3, dim=-1)
-        out = attend(query, key, value, 1, c**-0.5)
+        out = attend(query, key, value, n_heads=1, scale=c**-0.5)
         out = self.proj(out.transpose(1, 2).reshape(t, c, h, w))
         return out.transpose(0, 1)[None] + x
 

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from hbxt_compress.artifact import Artifact, Manifest
-from hbxt_compress.clips import Clip, health, to_uint8
+from hbxt_compress.clips import Clip, HealthTally, health, to_uint8
 from hbxt_compress.errors import HealthError, UsageError, listing
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.session import Provider, Session, open_session
@@ -172,6 +172,35 @@ class Runtime:
             fps=self.manifest.geometry.fps,
             latents=np.stack(states) if keep_latents else None,
         )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        n_steps: int | None = None,
+        guidance: float | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Frames uint8 H W 3 of a new clip as they are decoded; holds one latent frame's at a time.
+
+        Raises:
+            HealthError: non-finite values at once; after the last frame, a black or constant clip.
+        """
+        latents = self.denoise(
+            prompt, seed=seed, n_steps=n_steps, guidance=guidance, progress=progress
+        )
+        if n_bad := _n_not_finite(latents):
+            self._refuse([f"latents: {n_bad} of {latents.size} are not finite"], prompt, seed)
+        tally = HealthTally()
+        for i, sample in enumerate(self._samples(latents)):
+            if n_bad := _n_not_finite(sample):
+                bad = f"frame {i}: {n_bad} of {sample.size} values are not finite"
+                self._refuse([bad], prompt, seed)
+            frame = to_uint8(sample)
+            tally.add(frame)
+            yield frame
+        self._refuse(tally.problems(), prompt, seed)
 
     def denoise(
         self,

@@ -67,7 +67,8 @@ def test_the_artifact_is_whole_and_says_what_became_of_every_weight(artifact: Pa
         if layer.format.startswith("int"):
             assert layer.error is not None and 0 < layer.error < 0.1
     for component, sizes in planned.components().items():
-        assert manifest.components[component]["after"] == pytest.approx(sizes["after"], rel=0.02)
+        graphs = sum(p.stat().st_size for p in (artifact / component).glob("*.onnx"))
+        assert 0 <= manifest.components[component]["after"] - sizes["after"] <= graphs + 8192
         assert manifest.components[component]["before"] == sizes["before"]
 
 
@@ -104,12 +105,13 @@ def test_killed_again_and_again_it_finishes_with_the_same_bytes(artifact: Path, 
         if pieces - seen and n_kills < 3:  # a new piece was finished: the worst moment to die
             seen |= pieces
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
             n_kills += 1
             assert not out.exists()
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         time.sleep(0.02)
-    assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+    errors = process.communicate()[1].decode()
+    assert process.returncode == 0, errors
     assert n_kills == 3
     assert _digest(out) == _digest(artifact)
 

@@ -98,7 +98,10 @@ def test_a_negative_scale_puts_the_largest_weight_on_the_wide_end() -> None:
 
 
 def test_a_group_of_zeros_under_a_zero_scale_stays_zero() -> None:
-    for fmt, scales in ((Int4(group=32), torch.zeros(2, 2)), (FORMATS["int8-channel"], torch.zeros(2))):
+    for fmt, scales in (
+        (Int4(group=32), torch.zeros(2, 2)),
+        (FORMATS["int8-channel"], torch.zeros(2)),
+    ):
         payload = fmt.encode(torch.zeros(2, 64), scales)
         assert torch.equal(fmt.decode(payload), torch.zeros(2, 64))
 

@@ -12,8 +12,8 @@ from torch import nn
 from hbxt_compress.errors import ExportError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs, GraphSpec, TensorSpec
-from hbxt_compress.graph.external import ALIGNMENT
 from hbxt_compress.graph.export import component_bytes, export_component
+from hbxt_compress.graph.external import ALIGNMENT
 from hbxt_compress.graph.ops import Linear
 from hbxt_compress.graph.parity import measure_parity, require_parity, run_graph
 from hbxt_compress.layers import LayerName
@@ -93,7 +93,10 @@ def test_sixteen_bits_halve_the_file_and_only_round_the_weights(net, tmp_path: P
     module, component = net
     export_component(tmp_path / "32", component, {}, precision=32)
     export_component(tmp_path / "16", component, {}, precision=16)
-    assert measure_parity(tmp_path / "32" / "model.onnx", component.graphs["model.onnx"]).relative < 1e-6
+    assert (
+        measure_parity(tmp_path / "32" / "model.onnx", component.graphs["model.onnx"]).relative
+        < 1e-6
+    )
     sizes = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("16", "32")]
     assert 0.45 < sizes[0] / sizes[1] < 0.6
     x = DummyInputs({"x": TensorSpec(shape=(1, 4, 128))}).all()
@@ -120,9 +123,7 @@ def test_a_planned_layer_that_the_graph_lacks_is_named(net, tmp_path: Path) -> N
     fmt = FORMATS["int8-channel"]
     payload = fmt.encode(module.model.small.weight.detach(), torch.full((128,), 0.05))
     with pytest.raises(ExportError, match="net/smal"):
-        export_component(
-            tmp_path, component, {LayerName("net/smal"): (fmt, payload)}, precision=16
-        )
+        export_component(tmp_path, component, {LayerName("net/smal"): (fmt, payload)}, precision=16)
 
 
 def test_a_graph_that_computes_something_else_fails_parity(net, tmp_path: Path) -> None:

@@ -7,22 +7,26 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx
-import pytest
-import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from hbxt_compress.torchvision_ops import mend_torchvision
 
-from hbxt_compress.errors import ExportError
-from hbxt_compress.formats import FORMATS, WeightFormat
-from hbxt_compress.formats.int4 import Int4
-from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs
-from hbxt_compress.graph.export import export_component
-from hbxt_compress.graph.parity import require_parity, run_graph
-from hbxt_compress.layers import LayerName
-from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
-from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
+mend_torchvision()
+
+import onnx  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
+
+from hbxt_compress.errors import ExportError  # noqa: E402
+from hbxt_compress.formats import FORMATS, WeightFormat  # noqa: E402
+from hbxt_compress.formats.int4 import Int4  # noqa: E402
+from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs  # noqa: E402
+from hbxt_compress.graph.export import export_component  # noqa: E402
+from hbxt_compress.graph.parity import require_parity, run_graph  # noqa: E402
+from hbxt_compress.layers import LayerName  # noqa: E402
+from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs  # noqa: E402
+from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs  # noqa: E402
 
 _LATENT = (4, 3, 8, 8)
 _TEXT = 16
@@ -242,7 +246,9 @@ def test_both_vae_steps_share_one_copy_of_the_weights(tmp_path: Path) -> None:
     shared = set(places[0]) & set(places[1])
     assert len(shared) > 10
     assert all(places[0][name] == places[1][name] for name in shared)
-    n_weights = sum(p.numel() for p in (*vae.decoder.parameters(), *vae.post_quant_conv.parameters()))
+    n_weights = sum(
+        p.numel() for p in (*vae.decoder.parameters(), *vae.post_quant_conv.parameters())
+    )
     assert (tmp_path / "model.onnx.data").stat().st_size < 2.2 * n_weights
     # Zero caches are made by one node each, not stored.
     assert _operators(tmp_path / "model_first.onnx")["Expand"] >= 2

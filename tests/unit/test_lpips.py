@@ -11,7 +11,9 @@ from PIL import Image
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics import METRICS, Unavailable, WeightFiles
+from hbxt_compress.metrics import lpips as lpips_module
 from hbxt_compress.metrics.lpips import Lpips, open_lpips
+from hbxt_compress.metrics.weights import sha256_of
 
 _TRUNK_SHA256 = "435cedb387e95bc8291893f61a3a64f0345b8c23a05139aceef43947efb3d52d"
 
@@ -109,6 +111,32 @@ def test_another_trunk_is_refused_before_it_is_opened(tmp_path: Path) -> None:
 def test_a_trunk_of_another_net_is_refused(shared_data: Path) -> None:
     with pytest.raises(Unavailable, match="not the known trunk"):
         open_lpips("alex", WeightFiles(lpips_trunk=_trunk(shared_data)))
+
+
+def test_a_trunk_is_loaded_tensor_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another net than the goldens', whose file is made up here and trusted for the test."""
+    made = torch.nn.Sequential(*alexnet_features())
+    whole = {f"features.{key}": value for key, value in made.state_dict().items()}
+    torch.save(whole | {"classifier.1.weight": torch.zeros(2, 2)}, tmp_path / "alex.pth")
+    monkeypatch.setitem(lpips_module._FEATURES_ONLY, "alex", sha256_of(tmp_path / "alex.pth"))
+    metric = open_lpips("alex", WeightFiles(lpips_trunk=tmp_path / "alex.pth"))
+    loaded = metric._model.get_submodule("net").state_dict()
+    assert len(loaded) == len(whole) == 10
+    for key, value in loaded.items():
+        assert torch.equal(value, whole[f"features.{key.split('.', 1)[1]}"])
+    del whole["features.0.bias"]
+    torch.save(whole, tmp_path / "alex.pth")
+    monkeypatch.setitem(lpips_module._FEATURES_ONLY, "alex", sha256_of(tmp_path / "alex.pth"))
+    with pytest.raises(Unavailable, match="does not hold the tensors"):
+        open_lpips("alex", WeightFiles(lpips_trunk=tmp_path / "alex.pth"))
+
+
+def alexnet_features() -> list[torch.nn.Module]:
+    """torchvision's AlexNet up to its classifier, random weights."""
+    sizes = {0: (3, 64, 11), 3: (64, 192, 5), 6: (192, 384, 3), 8: (384, 256, 3), 10: (256, 256, 3)}
+    return [torch.nn.Conv2d(*sizes[i]) if i in sizes else torch.nn.Identity() for i in range(13)]
 
 
 def test_the_trunk_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

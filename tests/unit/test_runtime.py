@@ -259,3 +259,15 @@ sys.stdout.write(clip.sha256)
     assert done.stderr == ""
     assert done.stdout == Runtime.open(folder).generate(PROMPT, seed=1).sha256
     assert (tmp_path / "clip.mp4").is_file()
+
+
+def test_streamed_frames_equal_the_clip_and_an_unhealthy_one_is_refused(tmp_path: Path) -> None:
+    folder = make_artifact(tmp_path / "good")
+    with Runtime.open(folder, provider="cpu") as runtime:
+        whole = runtime.generate("a red circle", seed=2, n_steps=2)
+        streamed = np.stack(list(runtime.stream("a red circle", seed=2, n_steps=2)))
+    assert np.array_equal(streamed, whole.frames)
+    for fault in ("black", "constant", "nan"):
+        sick = make_artifact(tmp_path / fault, fault=fault)
+        with Runtime.open(sick, provider="cpu") as runtime, pytest.raises(HealthError):
+            list(runtime.stream("a red circle", n_steps=1))
