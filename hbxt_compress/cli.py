@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN", "copy", "evaluate", "generate", "hbxt", "main", "plan", "quantize", "recipes",
-    "show_recipe", "status", "verify",
+    "results", "show_recipe", "status", "verify",
 ]  # fmt: skip
 
 BUILTIN = "builtin/tiny-wan"

@@ -9,7 +9,7 @@ __all__ = ["Machine"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """device: a torch device name. n_threads: CPU threads of ONNX Runtime, or None for all cores."""
+    """device: a torch device name. n_threads: threads of ONNX Runtime, None for all cores."""
 
     device: str = "cpu"
     n_threads: int | None = None

@@ -32,14 +32,22 @@ def plan(recipe: Recipe, model: str) -> Plan:
     return _plan(recipe, locate(model, hashed=False))
 
 
-def compress(recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None) -> Path:
+def compress(
+    recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None
+) -> Path:
     """The folder of a verified artifact; in `out` if that is given, else inside the store."""
     entry = _artifact(recipe, locate(model, store.memo), store, machine)
     return entry.folder if out is None else publish(entry, out, mark="manifest.json")
 
 
 def evaluate(
-    artifact: Path, suite: Suite, store: Store, *, machine: Machine, model: str | None = None, out: Path | None = None
+    artifact: Path,
+    suite: Suite,
+    store: Store,
+    *,
+    machine: Machine,
+    model: str | None = None,
+    out: Path | None = None,
 ) -> QualityReport:
     """The quality of an artifact against the full-precision model, both run by the same runtime."""
     candidate = Artifact.open(artifact)
@@ -57,7 +65,9 @@ def evaluate(
         suite=suite,
         weights=weights_at_hand(suite.metrics),
     )
-    return QualityReport.load(entry.folder if out is None else publish(entry, out, mark="report.json"))
+    return QualityReport.load(
+        entry.folder if out is None else publish(entry, out, mark="report.json")
+    )
 
 
 def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str]]:
@@ -87,9 +97,16 @@ def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) ->
             on=machine,
         )
         rounded = store.result(
-            quantize, source=source, layers=planned.quantized, stats=stats, how=recipe.round, on=machine
+            quantize,
+            source=source,
+            layers=planned.quantized,
+            stats=stats,
+            how=recipe.round,
+            on=machine,
         )
-    return store.result(export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe)
+    return store.result(
+        export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe
+    )
 
 
 def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
@@ -97,10 +114,13 @@ def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
     made_from = artifact.manifest.source
     source = locate(model or str(made_from["model"]), store.memo)
     wanted = dict(made_from["files"])
-    differing = sorted(n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n))
+    differing = sorted(
+        n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n)
+    )
     if differing:
         raise SourceError(
-            f"{source.folder}: not the model that {artifact.folder} was made from; {len(differing)} files differ:\n"
+            f"{source.folder}: not the model that {artifact.folder} was made from; "
+            f"{len(differing)} files differ:\n"
             f"{listing(differing)}\ngive the right one with --model"
         )
     return source

@@ -110,14 +110,21 @@ def make_plan(recipe: Recipe, specs: Sequence[LayerSpec], parameters: Mapping[st
         if unfit is not None:
             problems.append(f"{spec.name} {list(spec.shape)}: {unfit} (rules[{hits[0]}])")
             continue
-        layers.append(LayerPlan(spec=spec, weights=weights, rule=hits[0], reason=rule.why or recipe.summary))
+        layers.append(
+            LayerPlan(spec=spec, weights=weights, rule=hits[0], reason=rule.why or recipe.summary)
+        )
     for i, rule in enumerate(recipe.rules):
         if not seen[i]:
-            problems.append(f"rules[{i}] `{rule.match}`: matches none of the model's {len(specs)} weights")
+            problems.append(
+                f"rules[{i}] `{rule.match}`: matches none of the model's {len(specs)} weights"
+            )
     if problems:
         raise PlanError(
-            f"recipe {recipe.name} does not fit this model, {len(problems)} problems:\n{listing(problems)}"
+            f"recipe {recipe.name} does not fit this model, {len(problems)} problems:\n"
+            f"{listing(problems)}"
         )
     all_32 = all(layer.weights == "fp32" for layer in layers)
     needs = recipe.round.NEEDS if recipe.round is not None else frozenset[Need]()
-    return Plan(layers=tuple(layers), needs=needs, parameters=parameters, precision=32 if all_32 else 16)
+    return Plan(
+        layers=tuple(layers), needs=needs, parameters=parameters, precision=32 if all_32 else 16
+    )

@@ -57,7 +57,7 @@ class Header:
 
 
 def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Source:
-    """The source for `builtin/tiny-wan`, a local folder, or a Hub id with a revision (org/name@rev).
+    """The source for `builtin/tiny-wan`, a local folder, or a Hub id with revision (org/name@rev).
 
     memo: a JSON file that remembers hashes by path, size and mtime. hashed=False leaves the hashes
     empty and reads no weights. Raises SourceError.
@@ -66,7 +66,13 @@ def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Sour
     if not (folder / "model_index.json").is_file():
         raise SourceError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
     paths = sorted(p for pattern in _READ for p in folder.rglob(pattern) if ".cache" not in p.parts)
-    return Source(model=model, folder=folder, files=_hashes(folder, paths, memo) if hashed else dict.fromkeys((p.relative_to(folder).as_posix() for p in paths), ""))
+    return Source(
+        model=model,
+        folder=folder,
+        files=_hashes(folder, paths, memo)
+        if hashed
+        else dict.fromkeys((p.relative_to(folder).as_posix() for p in paths), ""),
+    )
 
 
 def _folder(model: str) -> Path:
@@ -80,15 +86,20 @@ def _folder(model: str) -> Path:
         raise SourceError(f"model {model!r}: no such folder (nor a Hub id like org/name@revision)")
     if match["revision"] is None:
         raise SourceError(
-            f"model {model!r}: no such folder; if it is a Hub id, pin its revision: {model}@<commit hash>"
+            f"model {model!r}: no such folder; if it is a Hub id, pin its revision: "
+            f"{model}@<commit hash>"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=["*/" + p for p in _READ] + list(_READ))  # fmt: skip
+        patterns = [*_READ, *(f"*/{pattern}" for pattern in _READ)]
+        found = snapshot_download(
+            match["repo"], revision=match["revision"], allow_patterns=patterns
+        )
     except Exception as error:  # the hub raises a dozen kinds; all mean "not to be had"
         raise SourceError(
-            f"model {model!r}: could not be fetched from the Hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"model {model!r}: could not be fetched from the Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); "
             "without network, give the path of a local folder"
         ) from None
     return Path(found)

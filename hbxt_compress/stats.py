@@ -39,8 +39,16 @@ class LayerStats:
     @classmethod
     def empty(cls, n_inputs: int, needs: frozenset[Need]) -> Self:
         zeros = torch.zeros(n_inputs, dtype=torch.float64)
-        products = torch.zeros(n_inputs, n_inputs, dtype=torch.float64) if "covariance" in needs else None
-        return cls(n=0, total_I=zeros, squares_I=zeros.clone(), absmax_I=zeros.clone(), products_II=products)
+        products = (
+            torch.zeros(n_inputs, n_inputs, dtype=torch.float64) if "covariance" in needs else None
+        )
+        return cls(
+            n=0,
+            total_I=zeros,
+            squares_I=zeros.clone(),
+            absmax_I=zeros.clone(),
+            products_II=products,
+        )
 
     def add(self, x_NI: Tensor, weight: float = 1.0) -> None:
         """Adds input rows (any leading shape), each counted `weight` times; absmax ignores it."""

@@ -6,8 +6,9 @@
     <root>/<stage>/<key>.partial/          being built; handed back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
 
-A key covers the stage's name and VERSION, the versions of the packages in its FACTS, its parameters with defaults, and its inputs by *content*:
-a stage re-made with equal bytes leaves everything after it valid. Failures are never stored.
+A key covers the stage's name and VERSION, the versions of the packages in its FACTS, its parameters
+with defaults, and its inputs by *content*: a stage re-made with equal bytes leaves everything after
+it valid. Failures are never stored.
 """
 
 from __future__ import annotations
@@ -32,7 +33,17 @@ from pydantic import BaseModel
 from hbxt_compress.errors import StoreError, UsageError, listing
 from hbxt_compress.machine import Machine
 
-__all__ = ["Entry", "Keyed", "Missing", "Peek", "Store", "Work", "canonical", "file_sha256", "publish"]
+__all__ = [
+    "Entry",
+    "Keyed",
+    "Missing",
+    "Peek",
+    "Store",
+    "Work",
+    "canonical",
+    "file_sha256",
+    "publish",
+]
 
 log = logging.getLogger(__name__)
 _KEY_DIGITS = 16
@@ -101,7 +112,9 @@ class Store:
         """A view that builds nothing and remembers what was asked for."""
         return Peek(self.root)
 
-    def _address(self, stage: Callable[..., None], arguments: Mapping[str, object]) -> tuple[Path, str]:
+    def _address(
+        self, stage: Callable[..., None], arguments: Mapping[str, object]
+    ) -> tuple[Path, str]:
         name, home = stage.__name__, sys.modules[stage.__module__]
         bound = inspect.signature(stage).bind(None, **arguments)
         bound.apply_defaults()
@@ -116,7 +129,13 @@ class Store:
         key = hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
         return self.root / name / key, text
 
-    def _build(self, stage: Callable[..., None], arguments: Mapping[str, object], folder: Path, document: str) -> None:
+    def _build(
+        self,
+        stage: Callable[..., None],
+        arguments: Mapping[str, object],
+        folder: Path,
+        document: str,
+    ) -> None:
         partial = folder.with_suffix(".partial")
         partial.mkdir(exist_ok=True)
         log.info("%s: started (%s)", stage.__name__, folder.name)
@@ -124,20 +143,27 @@ class Store:
         for leftover in partial.rglob("*.tmp"):
             leftover.unlink()
         files = {
-            path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            path.relative_to(partial).as_posix(): {
+                "size": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         unfinished = folder.with_suffix(".tmp")
-        unfinished.write_text(json.dumps({"document": json.loads(document), "files": files}, indent=1))
+        unfinished.write_text(
+            json.dumps({"document": json.loads(document), "files": files}, indent=1)
+        )
         os.replace(unfinished, _record(folder))
 
     def _open(self, folder: Path, document: str) -> Entry:
         record = json.loads(_record(folder).read_text())
         if record["document"] != json.loads(document):
-            raise StoreError(f"{_record(folder)}: not what this key was made from; delete it and {folder}")
+            raise StoreError(
+                f"{_record(folder)}: not what this key was made from; delete it and {folder}"
+            )
         bad = [
             name
             for name, about in record["files"].items()
@@ -145,7 +171,8 @@ class Store:
         ]
         if bad:
             raise StoreError(
-                f"{folder}: {len(bad)} files missing or truncated; delete {_record(folder)} to re-make them:\n"
+                f"{folder}: {len(bad)} files missing or truncated; delete {_record(folder)} "
+                f"to re-make them:\n"
                 f"{listing(bad)}"
             )
         content = {name: about["sha256"] for name, about in record["files"].items()}
@@ -172,7 +199,9 @@ class Peek(Store):
         """The result if it is finished; raises Missing if it is not."""
         folder, document = self._address(stage, arguments)
         done = _record(folder).exists()
-        state = "done" if done else "partial" if folder.with_suffix(".partial").exists() else "missing"
+        state = (
+            "done" if done else "partial" if folder.with_suffix(".partial").exists() else "missing"
+        )
         self.seen.append((stage.__name__, folder.name, state))
         if not done:
             raise Missing
@@ -208,7 +237,11 @@ def canonical(value: object) -> Any:
     if isinstance(value, BaseModel):
         kind = type(value)
         own = {"VERSION": vars(kind)["VERSION"]} if "VERSION" in vars(kind) else {}
-        return {"kind": kind.__name__, **{k: canonical(getattr(value, k)) for k in kind.model_fields}, **own}
+        return {
+            "kind": kind.__name__,
+            **{k: canonical(getattr(value, k)) for k in kind.model_fields},
+            **own,
+        }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -156,7 +156,7 @@ class Reading:
 
 
 def _below(node: yaml.Node, segment: int | str) -> tuple[yaml.Node, yaml.Node] | None:
-    """An item of a node, after the node whose line a reader should look at: its key, if it has one."""
+    """An item of a node, after the node whose line a reader should look at: its key, if any."""
     if isinstance(node, yaml.SequenceNode) and isinstance(segment, int):
         return node.value[segment], node.value[segment]
     if isinstance(node, yaml.MappingNode):

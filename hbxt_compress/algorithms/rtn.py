@@ -40,15 +40,19 @@ class Rtn(Settings):
         scales = search_scales(weight_OI, fmt.group, fmt.n_levels, thorough=self.search == "mse")
         payload = fmt.encode(weight_OI, scales)
         error = relative_error(weight_OI, fmt.decode(payload), stats.mean_square_I)
-        return QuantizedWeight(format=fmt.name, payload=payload, shape=tuple(weight_OI.shape), error=error)
+        return QuantizedWeight(
+            format=fmt.name, payload=payload, shape=tuple(weight_OI.shape), error=error
+        )
 
 
-def search_scales(weight_OI: Tensor, group: int | None, n_levels: tuple[int, int], *, thorough: bool) -> Tensor:
+def search_scales(
+    weight_OI: Tensor, group: int | None, n_levels: tuple[int, int], *, thorough: bool
+) -> Tensor:
     """Scales float16 O G of least squared error; group None means one per row (O 1).
 
     n_levels: how many codes lie below and above zero, for example (8, 7) for int4.
     """
-    n_out, n_in = weight_OI.shape
+    n_in = weight_OI.shape[1]
     size = group or n_in
     chunks = []
     for rows in weight_OI.float().split(max(1, _ROWS_AT_ONCE // n_in)):
@@ -73,7 +77,9 @@ def _search(w_OGI: Tensor, n_levels: tuple[int, int], thorough: bool) -> Tensor:
     return _better(w_OGI, best, least, _storable(refit), n_levels)[0]
 
 
-def _better(w: Tensor, best: Tensor, least: Tensor, trial: Tensor, n_levels: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _better(
+    w: Tensor, best: Tensor, least: Tensor, trial: Tensor, n_levels: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     loss = _loss(w, trial, n_levels)
     wins = loss < least
     return torch.where(wins, trial, best), torch.where(wins, loss, least)

@@ -12,12 +12,11 @@ from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.graph.capture import ComponentGraphs, capture
 from hbxt_compress.graph.check import check_component
-from hbxt_compress.graph.external import component_bytes, write_models
-from hbxt_compress.graph.parity import SESSION_OPTIONS
+from hbxt_compress.graph.external import write_models
 from hbxt_compress.graph.passes import Precision, Storage, lower
 from hbxt_compress.layers import LayerName
 
-__all__ = ["SESSION_OPTIONS", "component_bytes", "export_component"]
+__all__ = ["export_component"]
 
 
 def export_component(

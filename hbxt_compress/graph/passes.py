@@ -23,7 +23,16 @@ from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
 from hbxt_compress.layers import LayerName
 
-__all__ = ["Precision", "Storage", "lower"]
+__all__ = [
+    "Precision",
+    "Storage",
+    "cancel_transposes",
+    "clean_up",
+    "expand_fills",
+    "lower",
+    "lower_linears",
+    "store_other_weights",
+]
 
 Precision = Literal[16, 32]
 IR_VERSION = 10
@@ -176,6 +185,9 @@ def clean_up(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
     ):
         step(model)
+    for node in model.graph:
+        if node.op_type == "Reshape":  # no shape here has a zero, and old parsers do not know it
+            node.attributes.pop("allowzero", None)
     if any(node.domain == CONTRIB for node in model.graph):
         model.graph.opset_imports[CONTRIB] = 1
     model.ir_version = IR_VERSION

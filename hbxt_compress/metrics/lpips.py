@@ -72,11 +72,6 @@ class Lpips:
 
 def open_lpips(net: str, files: WeightFiles) -> Lpips:
     """LPIPS with net squeeze, alex or vgg; Unavailable if its trunk is missing or unknown."""
-    try:
-        mend_torchvision()
-        import lpips  # after the mend: it imports torchvision
-    except ImportError as error:
-        raise Unavailable(f"{error}; install the packages lpips and torchvision") from None
     path = _trunk(net, files)
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
@@ -86,6 +81,11 @@ def open_lpips(net: str, files: WeightFiles) -> Lpips:
             f"{path.name} has sha256 {sha256[:12]}..., which is not the known trunk: "
             f"give torchvision's {_CACHED[net]} in HBXT_LPIPS_TRUNK"
         )
+    try:
+        mend_torchvision()
+        import lpips  # after the mend: it imports torchvision
+    except ImportError as error:
+        raise Unavailable(f"{error}; install the packages lpips and torchvision") from None
     saved: dict[str, Tensor] = torch.load(
         io.BytesIO(content), map_location="cpu", weights_only=True
     )

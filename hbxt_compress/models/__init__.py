@@ -5,6 +5,10 @@ To add one: write a file here and a line in MODELS.
 
 from __future__ import annotations
 
+from hbxt_compress.torchvision_ops import mend_torchvision
+
+mend_torchvision()  # before the families import diffusers and transformers
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
@@ -50,7 +54,7 @@ class Family(Protocol):
         """C T H W of the latents of such a clip."""
 
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each latent channel: what the VAE decodes is z * std + mean."""
+        """Mean and standard deviation by latent channel: the VAE decodes z * std + mean."""
 
     def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
         """What to export of a loaded component."""
@@ -72,4 +76,6 @@ def family_of(source: Source) -> Family:
         if kind in family.pipelines:
             return family
     known = sorted(name for family in MODELS.values() for name in family.pipelines)
-    raise SourceError(f"{source.folder / 'model_index.json'}: _class_name is {kind!r}; known: {', '.join(known)}")
+    raise SourceError(
+        f"{source.folder / 'model_index.json'}: _class_name is {kind!r}; known: {', '.join(known)}"
+    )

@@ -7,24 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from hbxt_compress.torchvision_ops import mend_torchvision
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
 
-mend_torchvision()
-
-import torch  # noqa: E402
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
-
-from hbxt_compress.artifact import Geometry  # noqa: E402
-from hbxt_compress.errors import SourceError, listing  # noqa: E402
-from hbxt_compress.graph.capture import ComponentGraphs  # noqa: E402
-from hbxt_compress.layers import LayerKind, LayerName, LayerSpec  # noqa: E402
-from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs  # noqa: E402
-from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs  # noqa: E402
-from hbxt_compress.sampler import SamplerSpec  # noqa: E402
-from hbxt_compress.source import Header, Source, read_headers  # noqa: E402
+from hbxt_compress.artifact import Geometry
+from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.graph.capture import ComponentGraphs
+from hbxt_compress.layers import LayerKind, LayerName, LayerSpec
+from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
+from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
+from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.source import Header, Source, read_headers
 
 __all__ = ["Wan"]
 
@@ -35,7 +31,11 @@ _CLASSES: Final = {
     "vae_decoder": AutoencoderKLWan,
 }
 _FOLDER: Final = {"vae_decoder": "vae"}
-_BLOCK_PREFIX: Final = {"text_encoder": "encoder.block.", "transformer": "blocks.", "transformer_2": "blocks."}
+_BLOCK_PREFIX: Final = {
+    "text_encoder": "encoder.block.",
+    "transformer": "blocks.",
+    "transformer_2": "blocks.",
+}
 
 
 class Wan:
@@ -54,9 +54,13 @@ class Wan:
             entry = (index.get(_FOLDER.get(component, component)) or [None, None])[1]
             expected = _CLASSES[component].__name__
             if entry != expected:
-                problems.append(f"{_FOLDER.get(component, component)}: is {entry}, expected {expected}")
+                problems.append(
+                    f"{_FOLDER.get(component, component)}: is {entry}, expected {expected}"
+                )
         if problems:
-            raise SourceError(f"{source.folder / 'model_index.json'}: not a Wan model\n" + listing(problems))
+            raise SourceError(
+                f"{source.folder / 'model_index.json'}: not a Wan model\n" + listing(problems)
+            )
         return found
 
     def layers(self, source: Source) -> tuple[LayerSpec, ...]:
@@ -69,7 +73,9 @@ class Wan:
                 block=_block(component, name),
             )
             for component in self.components(source)
-            for name, header in sorted(_headers(source, component).items(), key=lambda item: _natural(item[0]))
+            for name, header in sorted(
+                _headers(source, component).items(), key=lambda item: _natural(item[0])
+            )
             if name.endswith(".weight") and len(header.shape) >= 2
         )
 
@@ -109,7 +115,12 @@ class Wan:
         """C T H W of the latents for this source's geometry."""
         vae, clip = source.config("vae/config.json"), self.geometry(source)
         space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-        return vae["z_dim"], (clip.n_frames - 1) // time + 1, clip.height // space, clip.width // space
+        return (
+            vae["z_dim"],
+            (clip.n_frames - 1) // time + 1,
+            clip.height // space,
+            clip.width // space,
+        )
 
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
         vae = source.config("vae/config.json")
@@ -122,7 +133,9 @@ class Wan:
         if component == "vae_decoder":
             return vae_decoder_graphs(module, latent_shape=shape)
         length = self.text_length(source)
-        return transformer_graphs(module, latent_shape=shape, text_length=length, component=component)
+        return transformer_graphs(
+            module, latent_shape=shape, text_length=length, component=component
+        )
 
     def weight_files(self, source: Source, component: str) -> dict[str, Path]:
         """The safetensors file that holds each parameter of a component."""
@@ -133,12 +146,18 @@ class Wan:
         module = _empty(source, folder, component)
         state = _state(source.folder / folder)
         if component == "text_encoder":  # the embedding is tied; a checkpoint may hold it once
-            state.setdefault("encoder.embed_tokens.weight", state.get("shared.weight", torch.empty(0)))
+            state.setdefault(
+                "encoder.embed_tokens.weight", state.get("shared.weight", torch.empty(0))
+            )
         try:
             missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
-            raise SourceError(f"{source.folder / folder}: weights and config.json disagree: {error}") from None
-        problems = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
+            raise SourceError(
+                f"{source.folder / folder}: weights and config.json disagree: {error}"
+            ) from None
+        problems = [f"missing: {name}" for name in missing] + [
+            f"unexpected: {name}" for name in unexpected
+        ]
         if problems:
             raise SourceError(
                 f"{source.folder / folder}: weights and config.json disagree:\n{listing(problems)}"
@@ -151,7 +170,9 @@ def _empty(source: Source, folder: str, component: str) -> nn.Module:
     config, kind = source.config(f"{folder}/config.json"), _CLASSES[component]
     found = config.get("_class_name") or (config.get("architectures") or [None])[0]
     if found != kind.__name__:
-        raise SourceError(f"{source.folder / folder / 'config.json'}: describes {found}, expected {kind.__name__}")
+        raise SourceError(
+            f"{source.folder / folder / 'config.json'}: describes {found}, expected {kind.__name__}"
+        )
     if kind is UMT5EncoderModel:
         return UMT5EncoderModel(UMT5Config(**config))
     return kind.from_config(config)
@@ -176,8 +197,14 @@ def _generation(source: Source) -> dict[str, Any]:
 def _headers(source: Source, component: str) -> dict[str, Header]:
     headers = read_headers(source.folder / _FOLDER.get(component, component))
     if component == "vae_decoder":
-        return {name: h for name, h in headers.items() if name.startswith(("decoder.", "post_quant_conv."))}
-    if component == "text_encoder":  # a tied copy of the embedding that some checkpoints store twice
+        return {
+            name: h
+            for name, h in headers.items()
+            if name.startswith(("decoder.", "post_quant_conv."))
+        }
+    if (
+        component == "text_encoder"
+    ):  # a tied copy of the embedding that some checkpoints store twice
         headers.pop("encoder.embed_tokens.weight", None)
     return headers
 
@@ -185,7 +212,9 @@ def _headers(source: Source, component: str) -> dict[str, Header]:
 def _kind(name: str, header: Header) -> LayerKind:
     if len(header.shape) > 2:
         return "conv3d" if len(header.shape) == 5 else "conv2d"
-    return "embedding" if name.startswith("shared.") or "relative_attention_bias" in name else "linear"
+    return (
+        "embedding" if name.startswith("shared.") or "relative_attention_bias" in name else "linear"
+    )
 
 
 def _block(component: str, name: str) -> int | None:

@@ -240,6 +240,8 @@ class _TextEncoder(nn.Module):
     def __init__(self, encoder: UMT5EncoderModel, text_length: int, component: str) -> None:
         super().__init__()
         self.model: UMT5EncoderModel = shared_copy(encoder)
+        # The table's second name; without it the first, which checkpoints use, is exported.
+        self.model.encoder.embed_tokens = nn.Identity()
         attention = encoder.encoder.block[0].layer[0].SelfAttention
         self.register_buffer("buckets", _relative_buckets(attention, text_length))
         swap(self.model, _linear_swaps(component))

@@ -23,7 +23,9 @@ _SAVE_EVERY_S = 120.0
 _REPORT_EVERY_S = 20.0
 
 
-def cosine(step: int, n_steps: int, peak: float, *, warmup: int = 100, floor: float = 0.02) -> float:
+def cosine(
+    step: int, n_steps: int, peak: float, *, warmup: int = 100, floor: float = 0.02
+) -> float:
     """Learning rate of a step: linear warm-up to `peak`, then a half cosine to `floor * peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -31,8 +33,10 @@ def cosine(step: int, n_steps: int, peak: float, *, warmup: int = 100, floor: fl
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def trapezoid(step: int, n_steps: int, peak: float, *, warmup: int = 100, decay: int = 1000) -> float:
-    """Learning rate of a step: linear warm-up, constant, linear to zero over the last `decay` steps.
+def trapezoid(
+    step: int, n_steps: int, peak: float, *, warmup: int = 100, decay: int = 1000
+) -> float:
+    """Learning rate of a step: linear warm-up, constant, linear to zero over the last `decay`.
 
     Until the decay it does not depend on n_steps, so a longer training extends a shorter one.
     """
@@ -87,5 +91,7 @@ def run(
             saved_at = now
         if now - told_at > _REPORT_EVERY_S or k + 1 == n_steps:
             left_s = (now - began) / (k + 1 - first) * (n_steps - k - 1)
-            log.info("%s: step %d/%d, loss %.5f, %.0f min left", name, k + 1, n_steps, mean, left_s / 60)
+            log.info(
+                "%s: step %d/%d, loss %.5f, %.0f min left", name, k + 1, n_steps, mean, left_s / 60
+            )
             told_at = now

@@ -96,7 +96,9 @@ class Scene:
 def combinations(split: Split) -> list[tuple[str, str, str, str]]:
     """(colour, shape, motion, background) that a split may show; evaluation's are held out."""
     found = []
-    for c, s, m, b in product(*map(range, (len(COLOURS), len(SHAPES), len(MOTIONS), len(BACKGROUNDS)))):
+    for c, s, m, b in product(
+        *map(range, (len(COLOURS), len(SHAPES), len(MOTIONS), len(BACKGROUNDS)))
+    ):
         held_out = (c + s + m) % len(BACKGROUNDS) == b
         if held_out == (split == "evaluation"):
             found.append((list(COLOURS)[c], SHAPES[s], list(MOTIONS)[m], list(BACKGROUNDS)[b]))
@@ -104,11 +106,13 @@ def combinations(split: Split) -> list[tuple[str, str, str, str]]:
 
 
 def scene(split: Split, index: int) -> Scene:
-    """The scene number `index` of a split; evaluation walks its combinations without repeats first."""
+    """Scene number `index` of a split; evaluation walks all its combinations before any repeats."""
     rng = np.random.default_rng([_SEED[split], index])
     allowed = combinations(split)
     if split == "evaluation":
-        order = np.random.default_rng([_SEED[split], index // len(allowed)]).permutation(len(allowed))
+        order = np.random.default_rng([_SEED[split], index // len(allowed)]).permutation(
+            len(allowed)
+        )
         pick = allowed[order[index % len(allowed)]]
     else:
         pick = allowed[rng.integers(len(allowed))]
@@ -129,14 +133,26 @@ def _place(rng: np.random.Generator, colour: str, shape: str, motion: str) -> Th
     if motion in _DIRECTION:
         travel = speed * (N_FRAMES - 1)
         dx, dy = _DIRECTION[motion]
-        x = rng.uniform(low, high - travel) if dx > 0 else rng.uniform(low + travel, high) if dx else x
-        y = rng.uniform(low, high - travel) if dy > 0 else rng.uniform(low + travel, high) if dy else y
+        x = (
+            rng.uniform(low, high - travel)
+            if dx > 0
+            else rng.uniform(low + travel, high)
+            if dx
+            else x
+        )
+        y = (
+            rng.uniform(low, high - travel)
+            if dy > 0
+            else rng.uniform(low + travel, high)
+            if dy
+            else y
+        )
     elif motion == "circle":
         orbit = 6.0 * speed
         x, y = rng.uniform(low + orbit, high - orbit, size=2)
     return Thing(
-        colour=colour, shape=shape, motion=motion, radius=radius, speed=speed, x=float(x), y=float(y),
-        phase=rng.uniform(0, 2 * np.pi),
+        colour=colour, shape=shape, motion=motion, radius=radius, speed=speed,
+        x=float(x), y=float(y), phase=rng.uniform(0, 2 * np.pi),
     )  # fmt: skip
 
 
@@ -149,7 +165,11 @@ def caption(what: Scene, variant: int = 0) -> str:
             motion = motion.replace("moving", "moves").replace("standing", "stands")
         parts.append(f"a {thing.colour} {thing.shape} {motion}")
     text = " and ".join(parts)
-    return f"{text} on a {what.background} background" if variant < 2 else f"{text}, {what.background} background"
+    return (
+        f"{text} on a {what.background} background"
+        if variant < 2
+        else f"{text}, {what.background} background"
+    )
 
 
 def _path(thing: Thing, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +183,7 @@ def _path(thing: Thing, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance in pixels (negative inside) to a shape centred at 0 that fits the radius r."""
+    """Signed distance in pixels (negative inside) to a shape of radius r centred at 0."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":

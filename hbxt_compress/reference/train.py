@@ -1,7 +1,8 @@
 """Trains the reference model from nothing: `python -m hbxt_compress.reference.train`.
 
-Four parts, each resumable: the autoencoder, its decoder again on squared error alone, the latents of
-the training clips, and the text encoder with the transformer. Then a WanPipeline folder is written.
+Four parts, each resumable: the autoencoder, its decoder again on squared error alone, the latents
+of the training clips, and the text encoder with the transformer. Then a WanPipeline folder is
+written.
 """
 
 from __future__ import annotations
@@ -73,11 +74,18 @@ def main() -> None:
 
 
 def write_model(
-    folder: Path, vae: AutoencoderKLWan, tokenizer: object, text_encoder: torch.nn.Module, transformer: torch.nn.Module
+    folder: Path,
+    vae: AutoencoderKLWan,
+    tokenizer: object,
+    text_encoder: torch.nn.Module,
+    transformer: torch.nn.Module,
 ) -> None:
     """A WanPipeline folder in float16, with generation_config.json beside model_index.json."""
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_FLOW_SHIFT, num_train_timesteps=1000
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=_FLOW_SHIFT,
+        num_train_timesteps=1000,
     )
     pipeline = WanPipeline(
         tokenizer=tokenizer,

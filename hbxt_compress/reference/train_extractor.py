@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from hbxt_compress.metrics.extractor import FOLDER, N_FEATURES, VideoEncoder
@@ -133,7 +133,7 @@ def write(pupil: nn.Module, folder: Path = FOLDER) -> None:
     encoder = pupil.get_submodule("encoder")
     standardize(encoder)
     weights = {key: value.half().contiguous() for key, value in encoder.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(save(weights))  # save_file makes it private
     card = {
         "name": "shapes-encoder-v1",
         "sha256": sha256_of(folder / "model.safetensors"),

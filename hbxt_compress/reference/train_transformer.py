@@ -22,10 +22,17 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from hbxt_compress.reference import loop, shapes
 from hbxt_compress.reference.train_vae import Z_DIM, clips
 
-__all__ = ["TEXT_LENGTH", "encode_clips", "new_text_encoder", "new_tokenizer", "new_transformer", "train"]
+__all__ = [
+    "TEXT_LENGTH",
+    "encode_clips",
+    "new_text_encoder",
+    "new_tokenizer",
+    "new_transformer",
+    "train",
+]
 
 TEXT_LENGTH = 32
-N_STEPS = 6000
+N_STEPS = 4800
 N_CLIPS = 8192
 _BATCH = 32
 _DROP_CAPTION = 0.1
@@ -35,12 +42,18 @@ _EMA = 0.999
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the caption grammar; other words become <unk>."""
-    words = sorted({word for i in range(4000) for v in (0, 3) for word in _words("train", i, v)} | {"the"})
+    words = sorted(
+        {word for i in range(4000) for v in (0, 3) for word in _words("train", i, v)} | {"the"}
+    )
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("grey", "gray")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("grey", "gray")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -51,7 +64,8 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _words(split: shapes.Split, index: int, variant: int) -> list[str]:
-    return shapes.caption(shapes.scene(split, index), variant).replace(",", " ,").split() + ["moves", "stands"]
+    text = shapes.caption(shapes.scene(split, index), variant).replace(",", " ,")
+    return [*text.split(), "moves", "stands"]
 
 
 def new_text_encoder(vocab_size: int) -> UMT5EncoderModel:
@@ -67,7 +81,8 @@ def new_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 def new_transformer() -> WanTransformer3DModel:
     """An untrained Wan transformer: 6 blocks of width 256, about 7 M parameters."""
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=Z_DIM, out_channels=Z_DIM,
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64,
+        in_channels=Z_DIM, out_channels=Z_DIM,
         text_dim=128, freq_dim=256, ffn_dim=1024, num_layers=6, rope_max_seq_len=64,
     )  # fmt: skip
 
@@ -77,12 +92,22 @@ class _WeightedPadding(WanAttnProcessor):
 
     bias: Tensor | None = None  # 1 or B, 1, 1, TEXT_LENGTH
 
-    def __call__(self, attn: WanAttention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: Tensor | None = None, rotary_emb: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         if encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, None, attention_mask, rotary_emb)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        k = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        k = (
+            attn.norm_k(attn.to_k(encoder_hidden_states))
+            .unflatten(2, (attn.heads, -1))
+            .transpose(1, 2)
+        )
         v = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         bias = None if self.bias is None else self.bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=bias)
@@ -118,14 +143,23 @@ def train(
     """
     torch.manual_seed(1)
     tokenizer = new_tokenizer()
-    model = nn.ModuleDict({"text": new_text_encoder(len(tokenizer)), "video": new_transformer()}).to(device)
-    average = nn.ModuleDict({"text": new_text_encoder(len(tokenizer)), "video": new_transformer()}).to(device)
+    model = nn.ModuleDict(
+        {"text": new_text_encoder(len(tokenizer)), "video": new_transformer()}
+    ).to(device)
+    average = nn.ModuleDict(
+        {"text": new_text_encoder(len(tokenizer)), "video": new_transformer()}
+    ).to(device)
     average.load_state_dict(model.state_dict())
     processor = _WeightedPadding()
     for block in model["video"].blocks:
         block.attn2.set_processor(processor)
-    captions = [[shapes.caption(shapes.scene("train", i), v) for v in range(4)] for i in range(len(latents))]
-    tokens = [tokenizer(four, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt") for four in captions]
+    captions = [
+        [shapes.caption(shapes.scene("train", i), v) for v in range(4)] for i in range(len(latents))
+    ]
+    tokens = [
+        tokenizer(four, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+        for four in captions
+    ]
     ids = torch.stack([t.input_ids for t in tokens])
     masks = torch.stack([t.attention_mask for t in tokens])
     empty = tokenizer("", padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
@@ -135,7 +169,9 @@ def train(
     muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
 
-    def forward(x0: Tensor, eps: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        x0: Tensor, eps: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, bias: Tensor
+    ) -> Tensor:
         processor.bias = bias
         hidden = model["text"](text, mask).last_hidden_state * mask.unsqueeze(-1)
         s = sigma.view(-1, 1, 1, 1, 1)
@@ -147,10 +183,15 @@ def train(
     def step(k: int) -> float:
         g = torch.Generator().manual_seed(k)
         rows = torch.randint(len(latents), (_BATCH,), generator=g)
-        variants = (torch.rand(_BATCH, generator=g) < 0.5).long() * torch.randint(4, (_BATCH,), generator=g)
+        variants = (torch.rand(_BATCH, generator=g) < 0.5).long() * torch.randint(
+            4, (_BATCH,), generator=g
+        )
         text, mask = ids[rows, variants], masks[rows, variants]
         dropped = torch.rand(_BATCH, 1, generator=g) < _DROP_CAPTION
-        text, mask = torch.where(dropped, empty.input_ids, text), torch.where(dropped, empty.attention_mask, mask)
+        text, mask = (
+            torch.where(dropped, empty.input_ids, text),
+            torch.where(dropped, empty.attention_mask, mask),
+        )
         uniform = (torch.arange(_BATCH) + torch.rand(_BATCH, generator=g)) / _BATCH
         normal = torch.sigmoid(torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)))
         sigma = torch.where(torch.arange(_BATCH) % 4 == 0, uniform, normal)

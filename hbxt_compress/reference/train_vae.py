@@ -16,14 +16,14 @@ __all__ = ["Z_DIM", "clips", "measure_psnr", "new_vae", "polish_decoder", "train
 
 Z_DIM = 12
 N_STEPS = 4500
-N_POLISH = 2000
+N_POLISH = 1200
 _FIRST_POLISH_STEP = 100_000  # so that polishing sees clips of its own
 _BATCH = 4
 _KL_WEIGHT = 1e-4
 
 
 def new_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
-    """An untrained VAE of the reference geometry; mean and std normalise its latents, Z_DIM each."""
+    """An untrained VAE of the reference geometry; mean and std, Z_DIM each, normalise latents."""
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=Z_DIM,
@@ -80,11 +80,15 @@ def train(folder: Path, device: torch.device, n_steps: int = N_STEPS) -> Autoenc
     return vae.eval().requires_grad_(False)
 
 
-def polish_decoder(vae: AutoencoderKLWan, folder: Path, device: torch.device, n_steps: int = N_POLISH) -> None:
+def polish_decoder(
+    vae: AutoencoderKLWan, folder: Path, device: torch.device, n_steps: int = N_POLISH
+) -> None:
     """Trains the decoder alone, in place, on squared error: the latent space stays as it is."""
     vae.to(device).requires_grad_(False)
     vae.decoder.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        vae.decoder.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0
+    )
 
     def forward(x: Tensor, latents: Tensor) -> Tensor:
         return F.mse_loss(whole_clip.decode(vae, latents).float(), x)

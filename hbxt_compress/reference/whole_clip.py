@@ -1,4 +1,4 @@
-"""AutoencoderKLWan on a whole clip at once: the same numbers as its chunk loop, several times faster.
+"""AutoencoderKLWan on a whole clip at once: the numbers of its chunk loop, several times faster.
 
 diffusers feeds the Wan VAE one latent frame at a time through feature caches. Causal convolutions
 give the same result on the whole sequence; only the temporal resamplers treat the first frame

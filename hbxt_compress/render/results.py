@@ -18,17 +18,31 @@ def results_table(reports: Sequence[QualityReport]) -> str:
     first = reports[0]
     wanted = [one.metric for one in first.measurements if one.value is not None]
     components = list(first.components)
-    head = ["recipe", "total", *components, *(_title(one) for one in first.measurements if one.metric in wanted)]
+    head = [
+        "recipe",
+        "total",
+        *components,
+        *(_title(one) for one in first.measurements if one.metric in wanted),
+    ]
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     for report in reports:
         by_name = {one.metric: one for one in report.measurements}
         sizes = [size(report.components[c]["after"]) for c in components]
         values = [_cell(by_name.get(name)) for name in wanted]
         rows.append([f"`{report.recipe['name']}`", size(report.bytes_after), *sizes, *values])
-    before = ["16-bit source", size(first.bytes_before), *(size(first.components[c]["before"]) for c in components)]
+    before = [
+        "16-bit source",
+        size(first.bytes_before),
+        *(size(first.components[c]["before"]) for c in components),
+    ]
     rows.insert(2, before + [""] * len(wanted))
-    facts = ", ".join(f"{name} {version}" for name, version in sorted(first.made_with.items()) if name in ("torch", "diffusers"))
-    note = f"Suite {first.suite['name']}: {first.n_clips} clips, {first.suite['n_steps']} steps; {facts}.\n\n"
+    facts = ", ".join(
+        f"{name} {version}"
+        for name, version in sorted(first.made_with.items())
+        if name in ("torch", "diffusers")
+    )
+    steps = first.suite["n_steps"]
+    note = f"Suite {first.suite['name']}: {first.n_clips} clips, {steps} steps; {facts}.\n\n"
     return note + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -41,5 +55,7 @@ def _title(one: Measurement) -> str:
 def _cell(one: Measurement | None) -> str:
     if one is None or one.value is None:
         return "-"
-    spread = "" if one.interval is None else f" [{number(one.interval[0])}, {number(one.interval[1])}]"
+    spread = (
+        "" if one.interval is None else f" [{number(one.interval[0])}, {number(one.interval[1])}]"
+    )
     return number(one.value) + spread

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,7 +49,9 @@ def calibrate(
         return
     run = _Trajectory(source, prompts, layers, needs, torch.device(on.device))
     for i, (prompt, seed) in enumerate(prompts.items()):
-        log.info("calibrate: %s", prompt, extra={"progress": (i, len(prompts.prompts), "calibrate")})
+        log.info(
+            "calibrate: %s", prompt, extra={"progress": (i, len(prompts.prompts), "calibrate")}
+        )
         work.piece(_file(i), lambda path, p=prompt, s=seed: run.observe(p, s).save(path))
     done = len(prompts.prompts)
     log.info("calibrate: done", extra={"progress": (done, done, "calibrate")})
@@ -64,8 +65,13 @@ class _Trajectory:
     """The full-precision model with counters on the inputs of the chosen layers."""
 
     def __init__(
-        self, source: Source, prompts: PromptSet, layers: Sequence[LayerName], needs: frozenset[Need], device: torch.device
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        prompts: PromptSet,
+        layers: Sequence[LayerName],
+        needs: frozenset[Need],
+        device: torch.device,
+    ) -> None:
         family: Family = family_of(source)
         chosen = {name.split("/", 1)[0] for name in layers}
         self.modules = {
@@ -103,7 +109,9 @@ class _Trajectory:
             uncond = v.get("uncond", v["cond"])
             x = denoiser.step(uncond + np.float32(guidance) * (v["cond"] - uncond), x)
         if not np.isfinite(x).all():
-            raise CalibrationError(f"prompt {prompt!r}: the full-precision model's latents are not finite")
+            raise CalibrationError(
+                f"prompt {prompt!r}: the full-precision model's latents are not finite"
+            )
         self._check_seen(prompt)
         return CalibrationStats(layers=self.stats)
 
@@ -116,10 +124,17 @@ class _Trajectory:
     def _velocity(self, expert: str, x: np.ndarray, t: float, text: Tensor) -> np.ndarray:
         timestep = torch.tensor([t], dtype=torch.float32, device=self.device)
         latents = torch.from_numpy(x[None]).to(self.device)
-        return self.modules[expert](latents, timestep, text, return_dict=False)[0][0].float().cpu().numpy()
+        return (
+            self.modules[expert](latents, timestep, text, return_dict=False)[0][0]
+            .float()
+            .cpu()
+            .numpy()
+        )
 
     @contextmanager
-    def _counting(self, component: str, weight: float, rows: Tensor | None = None) -> Iterator[None]:
+    def _counting(
+        self, component: str, weight: float, rows: Tensor | None = None
+    ) -> Iterator[None]:
         """While open, inputs of the component's chosen layers are added up; rows masks padding."""
         hooks = []
         for name in self.layers.get(component, []):
@@ -141,11 +156,12 @@ class _Trajectory:
         return count
 
     def _check_seen(self, prompt: str) -> None:
-        """Layers of an expert that no observed step reached are an error, not an empty statistic."""
+        """Layers that no observed step reached are an error, not an empty statistic."""
         unseen = [n for names in self.layers.values() for n in names if n not in self.stats]
         if unseen:
             raise CalibrationError(
-                f"prompt {prompt!r}: {len(unseen)} layers saw no input at steps {sorted(self.observed)}; "
+                f"prompt {prompt!r}: {len(unseen)} layers saw no input at steps "
+                f"{sorted(self.observed)}; "
                 f"observe steps of both experts:\n{listing(unseen)}"
             )
 

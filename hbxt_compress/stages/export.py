@@ -17,7 +17,9 @@ from hbxt_compress import artifact as contract
 from hbxt_compress.artifact import LayerFate, Manifest, record_files, write_manifest
 from hbxt_compress.errors import ExportError
 from hbxt_compress.formats import FORMATS
-from hbxt_compress.graph.export import SESSION_OPTIONS, component_bytes, export_component
+from hbxt_compress.graph.export import export_component
+from hbxt_compress.graph.external import component_bytes
+from hbxt_compress.graph.parity import SESSION_OPTIONS, require_parity
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import Plan
 from hbxt_compress.quantized import QuantizedModel
@@ -31,10 +33,13 @@ VERSION = 1
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")
+_PARITY = 1e-3  # of the largest output: float32 in another order of summation
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def export(work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe) -> None:
+def export(
+    work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe
+) -> None:
     """Writes an artifact folder as hbxt_compress.artifact describes it.
 
     model: what the user called the source; the manifest says so to `evaluate`.
@@ -54,13 +59,24 @@ def export(work: Work, source: Source, model: str, plan: Plan, rounded: Entry | 
             _write(unfinished, family, source, component, plan, quantized)
             os.replace(unfinished, folder)
     _copy_texts(source, work.folder, tuple(planned))
-    sizes = {c: {"before": planned[c]["before"], "after": component_bytes(work.folder / c)} for c in planned}
-    write_manifest(work.folder, _manifest(work.folder, family, source, model, plan, quantized, recipe, rounded, sizes))
+    sizes = {
+        c: {"before": planned[c]["before"], "after": component_bytes(work.folder / c)}
+        for c in planned
+    }
+    write_manifest(
+        work.folder,
+        _manifest(work.folder, family, source, model, plan, quantized, recipe, rounded, sizes),
+    )
     log.info("export: done", extra={"progress": (len(planned), len(planned), "export")})
 
 
 def _write(
-    folder: Path, family: Family, source: Source, component: str, plan: Plan, quantized: QuantizedModel
+    folder: Path,
+    family: Family,
+    source: Source,
+    component: str,
+    plan: Plan,
+    quantized: QuantizedModel,
 ) -> None:
     graphs = family.graphs(source, component, family.load(source, component))
     weights = {
@@ -72,6 +88,8 @@ def _write(
         if layer.spec.component == component
     }
     export_component(folder, graphs, weights, precision=plan.precision)
+    if plan.precision == 32:
+        require_parity(folder, graphs, tolerance=_PARITY)
 
 
 def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> None:
@@ -85,7 +103,11 @@ def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> No
             f"{source.folder / 'tokenizer'}: no tokenizer.json; save it once with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    kept = {key: value for key, value in source.config("model_index.json").items() if key in _KEPT_IN_INDEX}
+    kept = {
+        key: value
+        for key, value in source.config("model_index.json").items()
+        if key in _KEPT_IN_INDEX
+    }
     document = {
         "_class_name": "ORTWanPipeline",
         **kept,
@@ -93,7 +115,10 @@ def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> No
     }
     _write_json(folder / "model_index.json", document)
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", source.config("scheduler/scheduler_config.json"))
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        source.config("scheduler/scheduler_config.json"),
+    )
 
 
 def _write_json(path: Path, document: object) -> None:
@@ -101,13 +126,18 @@ def _write_json(path: Path, document: object) -> None:
 
 
 def _manifest(
-    folder: Path, family: Family, source: Source, model: str, plan: Plan, quantized: QuantizedModel, recipe: Recipe,
-    rounded: Entry | None, sizes: Mapping[str, Mapping[str, int]],
+    folder: Path, family: Family, source: Source, model: str, plan: Plan,
+    quantized: QuantizedModel, recipe: Recipe, rounded: Entry | None,
+    sizes: Mapping[str, Mapping[str, int]],
 ) -> Manifest:  # fmt: skip
     normal = family.latent_statistics(source)
     return Manifest(
         schema=contract.SCHEMA,
-        recipe={"name": recipe.name, "digest": recipe.digest, "document": recipe.model_dump(mode="json")},
+        recipe={
+            "name": recipe.name,
+            "digest": recipe.digest,
+            "document": recipe.model_dump(mode="json"),
+        },
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,
         sampler=family.sampler(source),

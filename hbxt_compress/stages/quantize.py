@@ -1,4 +1,4 @@
-"""Quantize: round every planned weight; one file a transformer block, so a kill loses at most one."""
+"""Quantize: round every planned weight; one file a block, so that a kill loses at most one."""
 
 from __future__ import annotations
 
@@ -41,21 +41,39 @@ def quantize(
     gathered = CalibrationStats.load(sorted(stats.folder.glob("*.safetensors")))
     family = family_of(source)
     blocks = [
-        (f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors", list(members))
-        for (component, block), members in groupby(layers, key=lambda p: (p.spec.component, p.spec.block))
+        (
+            f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors",
+            list(members),
+        )
+        for (component, block), members in groupby(
+            layers, key=lambda p: (p.spec.component, p.spec.block)
+        )
     ]
     for i, (name, members) in enumerate(blocks):
         log.info("quantize: %s", name, extra={"progress": (i, len(blocks), "quantize")})
 
         def make(path: Path, members: list[LayerPlan] = members) -> None:
-            save_block(path, _round(source, family.weight_files(source, members[0].spec.component), members, gathered, how))
+            save_block(
+                path,
+                _round(
+                    source,
+                    family.weight_files(source, members[0].spec.component),
+                    members,
+                    gathered,
+                    how,
+                ),
+            )
 
         work.piece(name, make)
     log.info("quantize: done", extra={"progress": (len(blocks), len(blocks), "quantize")})
 
 
 def _round(
-    source: Source, files: dict[str, Path], members: Sequence[LayerPlan], stats: CalibrationStats, how: AnyRounder | None
+    source: Source,
+    files: dict[str, Path],
+    members: Sequence[LayerPlan],
+    stats: CalibrationStats,
+    how: AnyRounder | None,
 ) -> dict[LayerName, QuantizedWeight]:
     done: dict[LayerName, QuantizedWeight] = {}
     broken = []

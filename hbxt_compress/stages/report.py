@@ -18,16 +18,26 @@ FACTS = ("numpy", "torch", "lpips")
 
 
 def report(
-    work: Work, reference: Entry, candidate: Entry, artifact: Artifact, suite: Suite, weights: Mapping[str, str]
+    work: Work,
+    reference: Entry,
+    candidate: Entry,
+    artifact: Artifact,
+    suite: Suite,
+    weights: Mapping[str, str],
 ) -> None:
-    """Writes report.json, .md, .html and clips; weights: what `weights_at_hand` said, for the key."""
+    """Writes report.json, .md, .html and clips; weights: for the key, what is at hand."""
     document = artifact.manifest.recipe["document"]
     measure(
         work.folder,
         ClipSet.load(reference.folder),
         ClipSet.load(candidate.folder),
         manifest=artifact.manifest,
-        suite={"name": suite.name, "digest": suite.digest, "n_steps": suite.n_steps, "seed": suite.seed},
+        suite={
+            "name": suite.name,
+            "digest": suite.digest,
+            "n_steps": suite.n_steps,
+            "seed": suite.seed,
+        },
         metrics=suite.metrics,
         limits=document["accept"]["limits"] if document["accept"]["suite"] == suite.name else {},
     )

@@ -31,12 +31,16 @@ def sample(
     Unhealthy clips are kept: judging them is the report's job. made_with: versions and processor
     that the floats depend on. A killed run goes on with the next clip.
     """
-    with Runtime.open(artifact.folder, provider="cpu", n_threads=on.n_threads, keep=True) as runtime:
+    with Runtime.open(
+        artifact.folder, provider="cpu", n_threads=on.n_threads, keep=True
+    ) as runtime:
         for i, (prompt, seed) in enumerate(items):
             log.info("sample: %s", prompt, extra={"progress": (i, len(items), "sample")})
 
             def make(path: Path, prompt: str = prompt, seed: int = seed) -> None:
-                runtime.generate(prompt, seed=seed, n_steps=n_steps, keep_latents=True, check=False).save(path)
+                runtime.generate(
+                    prompt, seed=seed, n_steps=n_steps, keep_latents=True, check=False
+                ).save(path)
 
             work.piece(ClipSet.file_name(i), make)
     ClipSet.seal(work.folder, list(items))

@@ -56,7 +56,9 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def test_the_artifact_is_whole_and_says_what_became_of_every_weight(artifact: Path, micro: Path) -> None:
+def test_the_artifact_is_whole_and_says_what_became_of_every_weight(
+    artifact: Path, micro: Path
+) -> None:
     manifest = Artifact.open(artifact).manifest
     planned = pipeline.plan(load_recipe("tiny"), str(micro))
     assert {layer.name: layer.format for layer in manifest.layers} == {
@@ -65,7 +67,8 @@ def test_the_artifact_is_whole_and_says_what_became_of_every_weight(artifact: Pa
     for layer in manifest.layers:
         assert layer.reason
         if layer.format.startswith("int"):
-            assert layer.error is not None and 0 < layer.error < 0.1
+            assert layer.error is not None
+            assert 0 < layer.error < 0.1
     for component, sizes in planned.components().items():
         graphs = sum(p.stat().st_size for p in (artifact / component).glob("*.onnx"))
         assert 0 <= manifest.components[component]["after"] - sizes["after"] <= graphs + 8192
@@ -78,37 +81,48 @@ def test_the_runtime_generates_from_it_and_repeats_itself(artifact: Path) -> Non
         two = runtime.generate("a red circle", seed=3, check=False)
         other = runtime.generate("a red circle", seed=4, check=False)
     assert one.frames.shape == (5, 32, 32, 3)
-    assert one.latents is not None and one.latents.shape == (3, 4, 2, 4, 4)
+    assert one.latents is not None
+    assert one.latents.shape == (3, 4, 2, 4, 4)
     assert np.array_equal(one.frames, two.frames)
     assert not np.array_equal(one.frames, other.frames)
 
 
 def test_two_runs_give_the_same_bytes(artifact: Path, micro: Path, tmp_path: Path) -> None:
     again = pipeline.compress(
-        load_recipe("tiny"), str(micro), Store(tmp_path / "s"), machine=Machine(), out=tmp_path / "a"
+        load_recipe("tiny"),
+        str(micro),
+        Store(tmp_path / "s"),
+        machine=Machine(),
+        out=tmp_path / "a",
     )
     assert _digest(again) == _digest(artifact)
 
 
-def test_killed_again_and_again_it_finishes_with_the_same_bytes(artifact: Path, micro: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again_it_finishes_with_the_same_bytes(
+    artifact: Path, micro: Path, tmp_path: Path
+) -> None:
     store, out = tmp_path / "store", tmp_path / "artifact"
     command = [
-        sys.executable, "-m", "hbxt_compress", "quantize", "tiny", "--model", str(micro), "--store", str(store),
-        "--out", str(out),
+        sys.executable, "-m", "hbxt_compress", "quantize", "tiny",
+        "--model", str(micro), "--store", str(store), "--out", str(out),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     seen: set[str] = set()
     n_kills = 0
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     while process.poll() is None:
-        pieces = {p.relative_to(store).as_posix() for p in store.rglob("*") if p.is_file() and ".partial/" in p.as_posix() and not p.name.endswith(".tmp")} if store.exists() else set()  # fmt: skip
+        pieces = {str(path) for path in store.glob("*/*.partial/*") if path.suffix != ".tmp"}
         if pieces - seen and n_kills < 3:  # a new piece was finished: the worst moment to die
             seen |= pieces
             process.send_signal(signal.SIGKILL)
             process.communicate()
             n_kills += 1
             assert not out.exists()
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
         time.sleep(0.02)
     errors = process.communicate()[1].decode()
     assert process.returncode == 0, errors
@@ -117,20 +131,27 @@ def test_killed_again_and_again_it_finishes_with_the_same_bytes(artifact: Path, 
 
 
 def test_the_reference_against_itself_is_perfect(micro: Path, store: Store, tmp_path: Path) -> None:
-    folder = pipeline.compress(load_recipe("fp32"), str(micro), store, machine=Machine(), out=tmp_path / "fp32")
+    folder = pipeline.compress(
+        load_recipe("fp32"), str(micro), store, machine=Machine(), out=tmp_path / "fp32"
+    )
     report = pipeline.evaluate(folder, _suite(), store, machine=Machine())
     values = {one.metric: one.value for one in report.measurements}
     assert values["latent_error"] == 0
-    assert values["psnr"] is not None and values["psnr"] >= 99
+    assert values["psnr"] is not None
+    assert values["psnr"] >= 99
 
 
-def test_evaluation_compares_with_full_precision(artifact: Path, store: Store, tmp_path: Path) -> None:
+def test_evaluation_compares_with_full_precision(
+    artifact: Path, store: Store, tmp_path: Path
+) -> None:
     out = tmp_path / "report"
     report = pipeline.evaluate(artifact, _suite(), store, machine=Machine(), out=out)
     values = {one.metric: one for one in report.measurements}
     assert report.n_clips == 2
-    assert values["psnr"].value is not None and 5 < values["psnr"].value < 90
-    assert values["latent_error"].value is not None and values["latent_error"].value > 0
+    assert values["psnr"].value is not None
+    assert 5 < values["psnr"].value < 90
+    assert values["latent_error"].value is not None
+    assert values["latent_error"].value > 0
     assert report.bytes_after < report.bytes_before
     assert {"report.json", "report.md", "report.html"} <= {p.name for p in out.iterdir()}
     assert json.loads((out / "report.json").read_text())["n_clips"] == 2
@@ -144,8 +165,12 @@ def test_evaluation_refuses_another_model(artifact: Path, store: Store, tmp_path
         pipeline.evaluate(artifact, _suite(), store, model=str(other), machine=Machine())
 
 
-def test_a_changed_byte_is_refused(artifact: Path, micro: Path, store: Store, tmp_path: Path) -> None:
-    copy = pipeline.compress(load_recipe("tiny"), str(micro), store, machine=Machine(), out=tmp_path / "copy")
+def test_a_changed_byte_is_refused(
+    artifact: Path, micro: Path, store: Store, tmp_path: Path
+) -> None:
+    copy = pipeline.compress(
+        load_recipe("tiny"), str(micro), store, machine=Machine(), out=tmp_path / "copy"
+    )
     data = copy / "transformer" / "model.onnx.data"
     content = bytearray(data.read_bytes())
     content[1000] ^= 1
@@ -154,9 +179,15 @@ def test_a_changed_byte_is_refused(artifact: Path, micro: Path, store: Store, tm
         Runtime.open(copy)
 
 
-def test_status_tells_what_is_done(micro: Path, store: Store, artifact: Path, tmp_path: Path) -> None:
+def test_status_tells_what_is_done(
+    micro: Path, store: Store, artifact: Path, tmp_path: Path
+) -> None:
     assert artifact.exists()
     done = pipeline.status(load_recipe("tiny"), str(micro), store)
-    assert [(stage, state) for stage, _, state in done] == [("calibrate", "done"), ("quantize", "done"), ("export", "done")]
+    assert [(stage, state) for stage, _, state in done] == [
+        ("calibrate", "done"),
+        ("quantize", "done"),
+        ("export", "done"),
+    ]
     fresh = pipeline.status(load_recipe("tiny"), str(micro), Store(tmp_path))
     assert [state for *_, state in fresh] == ["missing"]

@@ -1,4 +1,4 @@
-"""The shipped model: diffusers' WanPipeline and our full-precision artifact generate the same clip."""
+"""The shipped model: WanPipeline and our full-precision artifact generate the same clip."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_wan_pipeline_and_the_artifact_agree_over_fifty_steps(full_precision: Pa
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         prompt=_PROMPT, height=clip.height, width=clip.width, num_frames=clip.n_frames,
-        num_inference_steps=spec.n_steps, guidance_scale=spec.guidance, latents=torch.from_numpy(start[None]),
+        num_inference_steps=spec.n_steps, guidance_scale=spec.guidance,
+        latents=torch.from_numpy(start[None]),
         max_sequence_length=family.text_length(source), output_type="np",
     ).frames[0]  # fmt: skip
     with Runtime.open(full_precision, provider="cpu") as runtime:
@@ -50,11 +51,18 @@ def test_wan_pipeline_and_the_artifact_agree_over_fifty_steps(full_precision: Pa
 
 
 def test_it_follows_prompts_it_never_saw(full_precision: Path) -> None:
-    prompts = (_PROMPT, "a blue square moving up on a white background", "a yellow circle standing still on a gray background")
+    prompts = (
+        _PROMPT,
+        "a blue square moving up on a white background",
+        "a yellow circle standing still on a gray background",
+    )
     right = 0
     with Runtime.open(full_precision, provider="cpu", keep=True) as runtime:
         for prompt in prompts:
-            wanted, found = expected(prompt), judge(runtime.generate(prompt, seed=1, n_steps=20).frames)
+            wanted, found = (
+                expected(prompt),
+                judge(runtime.generate(prompt, seed=1, n_steps=20).frames),
+            )
             assert wanted is not None
             right += (wanted.colour, wanted.motion) == (found.colour, found.motion)
     assert right == len(prompts)

@@ -43,7 +43,9 @@ def test_rounding_is_deterministic_and_valid(name: str, fmt: str) -> None:
 def test_int4_search_reaches_the_rate_distortion_table(group: int, expected_db: float) -> None:
     weight = _gauss(2048, 512)
     payload = Rtn(search="mse").round(weight, _stats(512), FORMATS[f"int4-g{group}"]).payload
-    lost = (weight - FORMATS[f"int4-g{group}"].decode(payload)).square().mean() / weight.square().mean()
+    lost = (
+        weight - FORMATS[f"int4-g{group}"].decode(payload)
+    ).square().mean() / weight.square().mean()
     assert 10 * math.log10(float(lost)) == pytest.approx(expected_db, abs=0.05)
 
 

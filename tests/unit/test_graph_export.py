@@ -12,8 +12,8 @@ from torch import nn
 from hbxt_compress.errors import ExportError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs, GraphSpec, TensorSpec
-from hbxt_compress.graph.export import component_bytes, export_component
-from hbxt_compress.graph.external import ALIGNMENT
+from hbxt_compress.graph.export import export_component
+from hbxt_compress.graph.external import ALIGNMENT, component_bytes
 from hbxt_compress.graph.ops import Linear
 from hbxt_compress.graph.parity import measure_parity, require_parity, run_graph
 from hbxt_compress.layers import LayerName

@@ -19,7 +19,9 @@ def _recipe(*rules: Rule) -> Recipe:
     from hbxt_compress.algorithms.rtn import Rtn
 
     accept = Acceptance(suite="tiny")
-    return Recipe(name="r", summary="s", calibration="tiny", rules=rules, round=Rtn(), accept=accept)
+    return Recipe(
+        name="r", summary="s", calibration="tiny", rules=rules, round=Rtn(), accept=accept
+    )
 
 
 _SPECS = [_spec("transformer/blocks.0.ffn", 128, 256), _spec("transformer/proj_out", 48, 256)]
@@ -28,7 +30,10 @@ _COUNTS = {"transformer": 128 * 256 + 48 * 256 + 100}
 
 def test_the_first_rule_that_matches_decides() -> None:
     plan = make_plan(
-        _recipe(Rule(match="transformer/blocks.*", weights="int4-g64"), Rule(match="*", weights="keep", why="w")),
+        _recipe(
+            Rule(match="transformer/blocks.*", weights="int4-g64"),
+            Rule(match="*", weights="keep", why="w"),
+        ),
         _SPECS,
         _COUNTS,
     )
@@ -39,20 +44,32 @@ def test_the_first_rule_that_matches_decides() -> None:
 
 def test_bytes_count_layers_by_format_and_the_rest_in_float32() -> None:
     plan = make_plan(
-        _recipe(Rule(match="transformer/blocks.*", weights="int4-g64"), Rule(match="*", weights="keep", why="w")),
+        _recipe(
+            Rule(match="transformer/blocks.*", weights="int4-g64"),
+            Rule(match="*", weights="keep", why="w"),
+        ),
         _SPECS,
         _COUNTS,
     )
     after = 128 * 256 // 2 + 128 * (256 // 64) * 2 + 48 * 256 * 2 + 100 * 4
-    assert plan.components() == {"transformer": {"before": 2 * sum(_COUNTS.values()), "after": after}}
+    assert plan.components() == {
+        "transformer": {"before": 2 * sum(_COUNTS.values()), "after": after}
+    }
     assert FORMATS["int4-g64"].bytes((128, 256)) == 128 * 256 // 2 + 128 * 4 * 2
 
 
 def test_every_problem_is_listed_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         make_plan(
-            _recipe(Rule(match="transformer/blocks.*", weights="int4-g128"), Rule(match="transfromer/*", weights="int8-channel", why="x")),
-            [_spec("transformer/blocks.0.a", 8, 192), _spec("transformer/blocks.1.a", 8, 192), _SPECS[1]],
+            _recipe(
+                Rule(match="transformer/blocks.*", weights="int4-g128"),
+                Rule(match="transfromer/*", weights="int8-channel", why="x"),
+            ),
+            [
+                _spec("transformer/blocks.0.a", 8, 192),
+                _spec("transformer/blocks.1.a", 8, 192),
+                _SPECS[1],
+            ],
             _COUNTS,
         )  # fmt: skip
     text = str(caught.value)
@@ -66,7 +83,9 @@ def test_every_problem_is_listed_at_once() -> None:
 def test_a_convolution_cannot_take_int4() -> None:
     with pytest.raises(PlanError, match="conv3d"):
         make_plan(
-            _recipe(Rule(match="*", weights="int4-g32")), [_spec("vae_decoder/c", 8, 32, 3, 3, 3, kind="conv3d")], {}
+            _recipe(Rule(match="*", weights="int4-g32")),
+            [_spec("vae_decoder/c", 8, 32, 3, 3, 3, kind="conv3d")],
+            {},
         )
 
 

@@ -13,7 +13,9 @@ from hbxt_compress.reference import loop, shapes, train_vae, whole_clip
 
 def test_scenes_are_functions_of_split_and_index() -> None:
     assert shapes.scene("train", 5) == shapes.scene("train", 5)
-    assert np.array_equal(shapes.draw(shapes.scene("train", 5)), shapes.draw(shapes.scene("train", 5)))
+    assert np.array_equal(
+        shapes.draw(shapes.scene("train", 5)), shapes.draw(shapes.scene("train", 5))
+    )
     assert shapes.scene("train", 5) != shapes.scene("calibration", 5)
 
 
@@ -22,7 +24,9 @@ def test_evaluation_shows_only_combinations_that_training_never_does() -> None:
     assert held_out.isdisjoint(shapes.combinations("train"))
     assert len(held_out) + len(shapes.combinations("train")) == 6 * 4 * 6 * 3
     seen = [shapes.scene("evaluation", i) for i in range(128)]
-    pairs = {(s.things[0].colour, s.things[0].shape, s.things[0].motion, s.background) for s in seen}
+    pairs = {
+        (s.things[0].colour, s.things[0].shape, s.things[0].motion, s.background) for s in seen
+    }
     assert len(pairs) == 128
     assert pairs <= held_out
     shown = [shapes.scene("train", i) for i in range(300)]
@@ -33,7 +37,9 @@ def test_evaluation_shows_only_combinations_that_training_never_does() -> None:
 
 def test_every_attribute_pair_is_still_trained_on() -> None:
     trained = shapes.combinations("train")
-    assert {(c, s, m) for c, s, m, _ in trained} == {(c, s, m) for c, s, m, _ in shapes.combinations("evaluation")}
+    assert {(c, s, m) for c, s, m, _ in trained} == {
+        (c, s, m) for c, s, m, _ in shapes.combinations("evaluation")
+    }
 
 
 def test_a_thing_stays_inside_its_frame() -> None:
@@ -43,14 +49,26 @@ def test_a_thing_stays_inside_its_frame() -> None:
         assert clip.shape == (17, 64, 64, 3)
         assert clip.dtype == np.float32
         background = np.asarray(shapes.BACKGROUNDS[what.background], np.float32)
-        changed = np.abs(clip - background).max(-1) / np.abs(np.asarray(shapes.COLOURS[what.things[0].colour]) - background).max()
-        edge = np.concatenate([changed[:, 0], changed[:, -1], changed[:, :, 0], changed[:, :, -1]], axis=1)
+        changed = (
+            np.abs(clip - background).max(-1)
+            / np.abs(np.asarray(shapes.COLOURS[what.things[0].colour]) - background).max()
+        )
+        edge = np.concatenate(
+            [changed[:, 0], changed[:, -1], changed[:, :, 0], changed[:, :, -1]], axis=1
+        )
         assert edge.max() < 0.5  # the soft tip of a triangle may graze the border, nothing more
 
 
 def test_edges_are_anti_aliased_and_areas_are_right() -> None:
-    for shape, area in (("circle", np.pi), ("square", 4 * 0.88**2), ("cross", 20 / 9), ("triangle", 2.0)):
-        thing = shapes.Thing(colour="red", shape=shape, motion="still", radius=12.0, speed=1.5, x=32.3, y=32.6)
+    for shape, area in (
+        ("circle", np.pi),
+        ("square", 4 * 0.88**2),
+        ("cross", 20 / 9),
+        ("triangle", 2.0),
+    ):
+        thing = shapes.Thing(
+            colour="red", shape=shape, motion="still", radius=12.0, speed=1.5, x=32.3, y=32.6
+        )
         clip = shapes.draw(shapes.Scene(things=(thing,), background="black"))
         cover = (clip[0, ..., 0] - 0.03) / (0.86 - 0.03)
         assert cover.sum() == pytest.approx(area * 144, rel=0.03)
@@ -83,7 +101,9 @@ def test_whole_clips_equal_the_chunk_loop_of_diffusers() -> None:
         )
 
 
-def test_a_resumed_training_equals_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_training_equals_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(folder: Path, stop_at: int | None) -> torch.Tensor:
         torch.manual_seed(3)
         model = torch.nn.Linear(4, 1)

@@ -34,13 +34,20 @@ def test_layers_come_from_headers_and_equal_the_modules(micro: Path) -> None:
             module = family.load(source, "transformer").get_submodule(spec.module)
             assert tuple(module.weight.shape) == spec.shape  # type: ignore[union-attr]
     transformer = family.load(source, "transformer")
-    assert family.parameters(source)["transformer"] == sum(p.numel() for p in transformer.parameters())
+    assert family.parameters(source)["transformer"] == sum(
+        p.numel() for p in transformer.parameters()
+    )
 
 
 def test_two_experts_are_two_components(tmp_path: Path) -> None:
     source = locate(str(write_micro_wan(tmp_path / "wan", two_experts=True, residual_vae=False)))
     family = family_of(source)
-    assert family.components(source) == ("text_encoder", "transformer", "transformer_2", "vae_decoder")
+    assert family.components(source) == (
+        "text_encoder",
+        "transformer",
+        "transformer_2",
+        "vae_decoder",
+    )
     assert family.sampler(source).boundary == 0.875
 
 
@@ -59,7 +66,9 @@ def test_no_network_is_one_message() -> None:
 def test_a_truncated_file_names_itself(broken: Path) -> None:
     path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SourceError, match=r"diffusion_pytorch_model\.safetensors: has \d+ bytes where"):
+    with pytest.raises(
+        SourceError, match=r"diffusion_pytorch_model\.safetensors: has \d+ bytes where"
+    ):
         read_headers(path.parent)
 
 
@@ -78,7 +87,9 @@ def test_another_class_is_refused(broken: Path) -> None:
     (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
     with pytest.raises(SourceError, match="FluxPipeline"):
         family_of(locate(str(broken)))
-    (broken / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]}))
+    (broken / "model_index.json").write_text(
+        json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]})
+    )
     source = locate(str(broken))
     with pytest.raises(SourceError, match="AutoencoderKL, expected AutoencoderKLWan"):
         family_of(source).components(source)

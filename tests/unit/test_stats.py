@@ -26,7 +26,9 @@ def test_streaming_equals_batch() -> None:
     assert streamed.n == 100
     assert streamed.products_II is not None
     torch.testing.assert_close(streamed.products_II, wide.T @ wide, rtol=1e-12, atol=1e-10)
-    torch.testing.assert_close(streamed.mean_square_I, wide.square().mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        streamed.mean_square_I, wide.square().mean(0), rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(streamed.absmax_I, wide.abs().amax(0))
 
 

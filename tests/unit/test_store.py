@@ -12,10 +12,13 @@ from hbxt_compress.store import Entry, Missing, Store, Work, canonical, publish
 
 VERSION = 1
 FACTS = ("numpy",)
+_HERE = Machine()
 _calls: list[str] = []
 
 
-def stage(work: Work, text: str, before: Entry | None = None, on: Machine = Machine(), n: int = 2) -> None:
+def stage(
+    work: Work, text: str, before: Entry | None = None, on: Machine = _HERE, n: int = 2
+) -> None:
     for i in range(n):
 
         def make(path: Path, i: int = i) -> None:
@@ -49,7 +52,9 @@ def test_an_interrupted_result_goes_on_with_the_next_piece(tmp_path: Path) -> No
     assert _calls == ["dies0", "dies1", "dies1"]
 
 
-def test_parameters_defaults_and_inputs_make_the_key_and_the_machine_does_not(tmp_path: Path) -> None:
+def test_parameters_defaults_and_inputs_make_the_key_and_the_machine_does_not(
+    tmp_path: Path,
+) -> None:
     store = Store(tmp_path)
     a = store.result(stage, text="a")
     assert store.result(stage, text="a", n=2, on=Machine(device="cuda", n_threads=7)) == a
@@ -61,7 +66,9 @@ def test_an_input_counts_by_its_bytes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     one = store.result(stage, text="a")
     same_bytes = Entry(folder=tmp_path, stage="other", key="other", digest=one.digest)
-    assert store.result(stage, text="c", before=one) == store.result(stage, text="c", before=same_bytes)
+    assert store.result(stage, text="c", before=one) == store.result(
+        stage, text="c", before=same_bytes
+    )
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
