@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import platform
-import time
 from pathlib import Path
 
 import diffusers
@@ -43,7 +42,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    began = time.monotonic()
     device = torch.device(options.device)
     vae = train_vae.train(options.work, device)
     train_vae.polish_decoder(vae, options.work, device)
@@ -59,7 +57,6 @@ def main() -> None:
     write_model(options.out, final, *parts)
     facts = {
         "vae_psnr_db": round(psnr, 2),
-        "minutes_of_this_run": round((time.monotonic() - began) / 60, 1),
         "device": options.device,
         "n_cores": torch.get_num_threads(),
         "machine": platform.machine(),

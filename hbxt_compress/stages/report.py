@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hbxt_compress.artifact import Artifact
-from hbxt_compress.clips import ClipSet
+from hbxt_compress.clips import ClipSet, contact_sheet
 from hbxt_compress.metrics import METRICS, Unavailable, WeightFiles
 from hbxt_compress.stages.measure import measure
 from hbxt_compress.store import Entry, Work
@@ -15,6 +15,7 @@ __all__ = ["FACTS", "VERSION", "report", "weights_at_hand"]
 
 VERSION = 1
 FACTS = ("numpy", "torch", "lpips")
+_IN_PICTURE = 6
 
 
 def report(
@@ -25,12 +26,17 @@ def report(
     suite: Suite,
     weights: Mapping[str, str],
 ) -> None:
-    """Writes report.json, .md, .html and clips; weights: for the key, what is at hand."""
+    """Writes report.json, .md, .html, clips and clips.png (a reference row, then its candidate's).
+
+    weights: what `weights_at_hand` said, so that a metric is measured again once its weights are.
+    """
     document = artifact.manifest.recipe["document"]
+    sides = ClipSet.load(reference.folder), ClipSet.load(candidate.folder)
+    pairs = zip(*(side.clips[:_IN_PICTURE] for side in sides), strict=True)
+    contact_sheet(work.folder / "clips.png", [clip.frames for pair in pairs for clip in pair])
     measure(
         work.folder,
-        ClipSet.load(reference.folder),
-        ClipSet.load(candidate.folder),
+        *sides,
         manifest=artifact.manifest,
         suite={
             "name": suite.name,
