@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from micro import write_micro_wan
 
 from hbxt_compress import pipeline
 from hbxt_compress.artifact import Artifact
@@ -23,6 +22,7 @@ from hbxt_compress.recipe import load_recipe
 from hbxt_compress.runtime.generate import Runtime
 from hbxt_compress.store import Store
 from hbxt_compress.suite import Suite
+from tests.micro import write_micro_wan
 
 
 @pytest.fixture(scope="module")

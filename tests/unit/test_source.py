@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from micro import write_micro_wan
 from safetensors.torch import load_file, save_file
 
 from hbxt_compress.errors import SourceError
 from hbxt_compress.models import family_of
 from hbxt_compress.source import locate, read_headers
+from tests.micro import write_micro_wan
 
 
 @pytest.fixture(scope="module")
