@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hbxt_compress.render.table import number, size
+from hbxt_compress.render.table import size
 from hbxt_compress.report import Measurement, QualityReport
 
 __all__ = ["results_table"]
+
+_SHOWN = (
+    "psnr", "ssim", "lpips_squeeze", "temporal_error", "latent_error", "prompt_following",
+    "fd_content", "fd_temporal",
+)  # fmt: skip
+_NOTHING = 1e-9  # rounding of a distance that is exactly zero
 
 
 def results_table(reports: Sequence[QualityReport]) -> str:
@@ -16,7 +22,11 @@ def results_table(reports: Sequence[QualityReport]) -> str:
     The reports must be of one suite; the line above the table names it, the clips and the versions.
     """
     first = reports[0]
-    wanted = [one.metric for one in first.measurements if one.value is not None]
+    wanted = [
+        one.metric
+        for one in first.measurements
+        if one.value is not None and one.metric.split("[")[0] in _SHOWN
+    ]
     components = list(first.components)
     head = [
         "recipe",
@@ -55,7 +65,9 @@ def _title(one: Measurement) -> str:
 def _cell(one: Measurement | None) -> str:
     if one is None or one.value is None:
         return "-"
-    spread = (
-        "" if one.interval is None else f" [{number(one.interval[0])}, {number(one.interval[1])}]"
-    )
-    return number(one.value) + spread
+    value, *ends = (_short(x) for x in (one.value, *(one.interval or ())))
+    return f"{value} [{', '.join(ends)}]" if ends else value
+
+
+def _short(value: float) -> str:
+    return "0" if abs(value) < _NOTHING else f"{value:.3g}"
