@@ -22,7 +22,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench reference-model clean
+.PHONY: help setup quantize evaluate generate recipes test check bench amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -71,6 +71,9 @@ bench: $(VENV)/installed ## time RECIPE from an empty store
 	rm -rf $(BUILD)/bench
 	@began=$$(date +%s); $(HBXT) quantize $(RECIPE) --model $(MODEL) --store $(BUILD)/bench && \
 		echo "$(RECIPE): $$(( $$(date +%s) - began )) s"
+
+amd-wheels: $(VENV)/installed ## run the artifact on onnxruntime-rocm and -migraphx, CPU only, in venvs of their own
+	tests/amd_wheels.sh $(ARTIFACT) $(PYTHON)
 
 reference-model: $(VENV)/installed ## train the built-in model again from nothing (about two hours)
 	$(BIN)/python -m hbxt_compress.reference.train

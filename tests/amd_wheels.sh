@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs an artifact on AMD's builds of ONNX Runtime, each in a venv of its own, without a GPU: every
+# graph must load and generate on the CPU when asked to, and the GPU provider must be refused.
+# Usage: tests/amd_wheels.sh ARTIFACT [PYTHON]
+set -euo pipefail
+artifact=$(realpath "$1")
+python=${2:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$(dirname "$0")/.."
+failed=0
+for wheel in rocm==1.22.2.post3 migraphx==1.27.1; do
+    provider=${wheel%%=*}
+    "$python" -m venv "$work/$provider"
+    bin=$work/$provider/bin
+    "$bin/pip" install -q --disable-pip-version-check "onnxruntime-$wheel" \
+        "numpy>=2.0" "tokenizers>=0.21" "av>=14" "safetensors>=0.5" "click>=8.1" "rich>=13.7" \
+        flatbuffers protobuf packaging sympy
+    export PYTHONPATH=$PWD
+    if "$bin/python" -m hbxt_compress generate "$artifact" --provider cpu --steps 4 \
+        --prompt "a red circle moving right on a black background" --out "$work/$provider.mp4"; then
+        echo "onnxruntime-$wheel: generates on the CPU"
+    else
+        failed=1
+    fi
+    if "$bin/python" -m hbxt_compress generate "$artifact" --provider "$provider" --steps 1 \
+        --prompt "a red circle" --out "$work/gpu.mp4" 2>"$work/refusal"; then
+        echo "onnxruntime-$wheel: ran on $provider (a GPU is here, or the fallback was silent)"
+        failed=1
+    else
+        echo "onnxruntime-$wheel: refuses $provider: $(head -n 1 "$work/refusal")"
+    fi
+done
+exit $failed
