@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import SourceError, listing
@@ -113,7 +115,7 @@ def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
     """The full-precision model an artifact was made from, checked to be the very same bytes."""
     made_from = artifact.manifest.source
     source = locate(model or str(made_from["model"]), store.memo)
-    wanted = dict(made_from["files"])
+    wanted = cast(Mapping[str, str], made_from["files"])
     differing = sorted(
         n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from hbxt_compress.errors import PlanError, listing
 from hbxt_compress.formats import FORMATS
@@ -52,7 +53,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     needs: frozenset[Need]
     parameters: Mapping[str, int]
-    precision: int
+    precision: Literal[16, 32]
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:

@@ -87,7 +87,7 @@ def new_transformer() -> WanTransformer3DModel:
     )  # fmt: skip
 
 
-class _WeightedPadding(WanAttnProcessor):
+class _WeightedPadding(WanAttnProcessor):  # type: ignore[misc]  # diffusers ships no types
     """Cross-attention in which the last text token counts for many; self-attention unchanged."""
 
     bias: Tensor | None = None  # 1 or B, 1, 1, TEXT_LENGTH
@@ -151,8 +151,9 @@ def train(
     ).to(device)
     average.load_state_dict(model.state_dict())
     processor = _WeightedPadding()
-    for block in model["video"].blocks:
-        block.attn2.set_processor(processor)
+    for module in model["video"].modules():
+        if isinstance(module, WanAttention) and module.is_cross_attention:
+            module.set_processor(processor)
     captions = [
         [shapes.caption(shapes.scene("train", i), v) for v in range(4)] for i in range(len(latents))
     ]
@@ -215,7 +216,12 @@ def train(
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         return float(loss.detach())
 
-    parts = {"model": model, "average": average, "muon": muon, "adamw": adamw}
+    parts: dict[str, nn.Module | torch.optim.Optimizer] = {
+        "model": model,
+        "average": average,
+        "muon": muon,
+        "adamw": adamw,
+    }
     loop.run("transformer", folder, n_steps, parts, step)
     average.eval().requires_grad_(False)
     return tokenizer, average["text"], average["video"]

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+from torch import Tensor
 
 __all__ = ["decode", "encode"]
 
 
-def _down(layer: nn.Module, x: Tensor) -> Tensor:
+def _down(layer: WanResample, x: Tensor) -> Tensor:
     x = _resample_2d(layer, x)
     if layer.mode == "downsample3d":
         x = torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
     return x
 
 
-def _up(layer: nn.Module, x: Tensor) -> Tensor:
+def _up(layer: WanResample, x: Tensor) -> Tensor:
     if layer.mode == "upsample3d":
         first, rest = x[:, :, :1], layer.time_conv(x[:, :, 1:])
         b, _, t, h, w = rest.shape
@@ -30,13 +32,13 @@ def _up(layer: nn.Module, x: Tensor) -> Tensor:
     return _resample_2d(layer, x)
 
 
-def _resample_2d(layer: nn.Module, x: Tensor) -> Tensor:
+def _resample_2d(layer: WanResample, x: Tensor) -> Tensor:
     b, c, t, h, w = x.shape
     y = layer.resample(x.transpose(1, 2).reshape(b * t, c, h, w))
     return y.view(b, t, *y.shape[1:]).transpose(1, 2)
 
 
-def encode(vae: nn.Module, clips: Tensor) -> Tensor:
+def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     """Moments of the latents, B 2Z T' H' W', of clips B 3 T H W in [-1, 1] with T = 1 mod 4."""
     p = vae.config.patch_size or 1
     b, c, t, h, w = clips.shape
@@ -55,7 +57,7 @@ def encode(vae: nn.Module, clips: Tensor) -> Tensor:
     return vae.quant_conv(net.conv_out(F.silu(net.norm_out(x))))
 
 
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Clips B 3 T H W (about [-1, 1], not clamped) of unnormalised latents B Z T' H' W'."""
     net = vae.decoder
     x = net.mid_block(net.conv_in(vae.post_quant_conv(latents)))

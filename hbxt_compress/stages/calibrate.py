@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,7 +53,11 @@ def calibrate(
         log.info(
             "calibrate: %s", prompt, extra={"progress": (i, len(prompts.prompts), "calibrate")}
         )
-        work.piece(_file(i), lambda path, p=prompt, s=seed: run.observe(p, s).save(path))
+
+        def make(path: Path, prompt: str = prompt, seed: int = seed) -> None:
+            run.observe(prompt, seed).save(path)
+
+        work.piece(_file(i), make)
     done = len(prompts.prompts)
     log.info("calibrate: done", extra={"progress": (done, done, "calibrate")})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import ClipSet, contact_sheet
@@ -30,7 +31,7 @@ def report(
 
     weights: what `weights_at_hand` said, so that a metric is measured again once its weights are.
     """
-    document = artifact.manifest.recipe["document"]
+    accept = cast(Mapping[str, Any], artifact.manifest.recipe["document"])["accept"]
     sides = ClipSet.load(reference.folder), ClipSet.load(candidate.folder)
     pairs = zip(*(side.clips[:_IN_PICTURE] for side in sides), strict=True)
     contact_sheet(work.folder / "clips.png", [clip.frames for pair in pairs for clip in pair])
@@ -45,7 +46,7 @@ def report(
             "seed": suite.seed,
         },
         metrics=suite.metrics,
-        limits=document["accept"]["limits"] if document["accept"]["suite"] == suite.name else {},
+        limits=accept["limits"] if accept["suite"] == suite.name else {},
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import ArtifactError, SourceError
 from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import load_recipe
+from hbxt_compress.report import QualityReport
 from hbxt_compress.runtime.generate import Runtime
 from hbxt_compress.store import Store
 from hbxt_compress.suite import Suite
@@ -54,6 +54,27 @@ def _digest(folder: Path) -> str:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _killed_at_pieces(arguments: list[str], store: Path, out: Path) -> int:
+    """Runs hbxt until it succeeds, killing it when a new piece appears, at most three times."""
+    command = [sys.executable, "-m", "hbxt_compress", *arguments, "--store", str(store)]
+    seen: set[str] = set()
+    n_kills = 0
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                pieces = {str(p) for p in store.glob("*/*.partial/*") if p.suffix != ".tmp"}
+                if pieces - seen and n_kills < 3:  # a piece was just finished: the worst moment
+                    seen |= pieces
+                    process.kill()
+                    n_kills += 1
+                    assert not out.exists()
+                time.sleep(0.02)
+        code = process.returncode
+    assert code == 0
+    return n_kills
 
 
 def test_the_artifact_is_whole_and_says_what_became_of_every_weight(
@@ -101,32 +122,9 @@ def test_two_runs_give_the_same_bytes(artifact: Path, micro: Path, tmp_path: Pat
 def test_killed_again_and_again_it_finishes_with_the_same_bytes(
     artifact: Path, micro: Path, tmp_path: Path
 ) -> None:
-    store, out = tmp_path / "store", tmp_path / "artifact"
-    command = [
-        sys.executable, "-m", "hbxt_compress", "quantize", "tiny",
-        "--model", str(micro), "--store", str(store), "--out", str(out),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    seen: set[str] = set()
-    n_kills = 0
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while process.poll() is None:
-        pieces = {str(path) for path in store.glob("*/*.partial/*") if path.suffix != ".tmp"}
-        if pieces - seen and n_kills < 3:  # a new piece was finished: the worst moment to die
-            seen |= pieces
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            n_kills += 1
-            assert not out.exists()
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            )
-        time.sleep(0.02)
-    errors = process.communicate()[1].decode()
-    assert process.returncode == 0, errors
-    assert n_kills == 3
+    out = tmp_path / "artifact"
+    arguments = ["quantize", "tiny", "--model", str(micro), "--out", str(out)]
+    assert _killed_at_pieces(arguments, tmp_path / "store", out) == 3
     assert _digest(out) == _digest(artifact)
 
 
@@ -157,6 +155,21 @@ def test_evaluation_compares_with_full_precision(
     assert json.loads((out / "report.json").read_text())["n_clips"] == 2
     again = pipeline.evaluate(artifact, _suite(), store, machine=Machine(), out=out)
     assert again == report
+
+
+def test_killed_while_sampling_it_finishes_with_the_same_report(
+    artifact: Path, store: Store, tmp_path: Path
+) -> None:
+    suite = tmp_path / "two.yaml"
+    suite.write_text(
+        "name: two\nsummary: two prompts\nseed: 1\nn_steps: 2\nmetrics: [psnr, latent_error]\n"
+        "prompts: [a red circle, a blue square]\n"
+    )
+    out = tmp_path / "report"
+    arguments = ["evaluate", str(artifact), "--suite", str(suite), "--out", str(out)]
+    assert _killed_at_pieces(arguments, tmp_path / "store", out) == 3
+    undisturbed = pipeline.evaluate(artifact, _suite(), store, machine=Machine())
+    assert QualityReport.load(out) == undisturbed
 
 
 def test_evaluation_refuses_another_model(artifact: Path, store: Store, tmp_path: Path) -> None:
