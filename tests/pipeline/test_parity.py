@@ -16,14 +16,19 @@ from hbxt_compress.recipe import load_recipe
 from hbxt_compress.runtime.generate import Runtime, noise
 from hbxt_compress.source import BUILTIN, locate
 from hbxt_compress.store import Store
+from hbxt_compress.suite import load_suite
 
 _PROMPT = "a red circle moving right on a black background"
 _SEED = 7
 
 
 @pytest.fixture(scope="module")
-def full_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = Store(tmp_path_factory.mktemp("store"))
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def full_precision(store: Store) -> Path:
     return pipeline.compress(load_recipe("fp32"), BUILTIN, store, machine=Machine())
 
 
@@ -66,3 +71,18 @@ def test_it_follows_prompts_it_never_saw(full_precision: Path) -> None:
             assert wanted is not None
             right += (wanted.colour, wanted.motion) == (found.colour, found.motion)
     assert right == len(prompts)
+
+
+def test_fewer_bits_cost_quality_in_the_order_of_the_recipes(store: Store) -> None:
+    suite = load_suite("tiny")
+    found = {}
+    for name in ("fp16", "w8a16", "w4a16"):
+        folder = pipeline.compress(load_recipe(name), BUILTIN, store, machine=Machine())
+        report = pipeline.evaluate(folder, suite, store, machine=Machine())
+        found[name] = {one.metric: one.value for one in report.measurements}
+        found[name]["bytes"] = report.bytes_after
+    for metric in ("psnr", "ssim", "bytes"):
+        assert found["fp16"][metric] > found["w8a16"][metric] > found["w4a16"][metric]
+    for metric in ("latent_error", "temporal_error"):
+        assert found["fp16"][metric] < found["w8a16"][metric] < found["w4a16"][metric]
+    assert found["fp16"]["latent_error"] == 0  # the model ships in float16
