@@ -204,3 +204,16 @@ def test_status_tells_what_is_done(
     ]
     fresh = pipeline.status(load_recipe("tiny"), str(micro), Store(tmp_path))
     assert [state for *_, state in fresh] == ["missing"]
+
+
+def test_a_model_with_two_experts_runs_both(tmp_path: Path) -> None:
+    model = write_micro_wan(tmp_path / "wan", two_experts=True, residual_vae=False)
+    recipe = load_recipe("tiny")
+    folder = pipeline.compress(recipe, str(model), Store(tmp_path / "store"), machine=Machine())
+    quantized = {layer.name for layer in Artifact.open(folder).manifest.layers if layer.error}
+    for expert in ("transformer", "transformer_2"):
+        assert f"{expert}/blocks.1.ffn.net.2" in quantized
+    with Runtime.open(folder, provider="cpu") as runtime:
+        assert runtime.manifest.sampler.boundary == 0.875
+        runtime.generate("a red circle", n_steps=4, check=False)
+        assert {"transformer/model.onnx", "transformer_2/model.onnx"} <= set(runtime.providers)
