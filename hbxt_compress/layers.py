@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NewType
 
-__all__ = ["LayerKind", "LayerName", "LayerSpec", "matches", "named"]
+__all__ = ["LayerKind", "LayerName", "LayerSpec", "matches"]
 
 LayerName = NewType("LayerName", str)
 LayerKind = Literal["linear", "conv2d", "conv3d", "embedding"]
@@ -23,7 +22,7 @@ class LayerSpec:
     """One weight that a rule may select, read from file headers alone.
 
     shape is torch's, output features first; block is the index of the transformer block it belongs
-    to, or None; keep says why the family wants it in high precision ("" if it does not).
+    to, or None.
     """
 
     name: LayerName
@@ -31,7 +30,6 @@ class LayerSpec:
     shape: tuple[int, ...]
     dtype: str
     block: int | None
-    keep: str = ""
 
     @property
     def component(self) -> str:
@@ -75,8 +73,3 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if depth:
         raise ValueError(f"pattern {pattern!r}: a '{{' is never closed")
     return re.compile("".join(out))
-
-
-def named(specs: Sequence[LayerSpec]) -> dict[LayerName, LayerSpec]:
-    """The specs by name, in their order."""
-    return {spec.name: spec for spec in specs}

@@ -37,7 +37,7 @@ def plan(recipe: Recipe, model: str) -> Plan:
 def compress(
     recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None
 ) -> Path:
-    """The folder of a verified artifact; in `out` if that is given, else inside the store."""
+    """The folder of the artifact; in `out` if that is given, else inside the store."""
     entry = _artifact(recipe, locate(model, store.memo), store, machine)
     return entry.folder if out is None else publish(entry, out, mark="manifest.json")
 

@@ -22,8 +22,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -122,7 +123,7 @@ class Store:
         document = {
             "stage": name,
             "version": home.VERSION,
-            "facts": {package: version(package.replace("_", "-")) for package in home.FACTS},
+            "facts": {package: _version(package) for package in home.FACTS},
             "arguments": {k: canonical(v) for k, v in given.items() if not isinstance(v, Machine)},
         }
         text = json.dumps(document, sort_keys=True, indent=1)
@@ -178,6 +179,14 @@ class Store:
         content = {name: about["sha256"] for name, about in record["files"].items()}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return Entry(folder=folder, stage=folder.parent.name, key=folder.name, digest=digest)
+
+
+def _version(package: str) -> str:
+    """The installed version of a package; `a|b` means whichever of them is installed, by name."""
+    for name in package.replace("_", "-").split("|"):
+        with suppress(PackageNotFoundError):
+            return f"{name} {version(name)}" if "|" in package else version(name)
+    raise StoreError(f"none of {package.replace('|', ', ')} is installed; run `make setup`")
 
 
 def _record(folder: Path) -> Path:

@@ -32,9 +32,8 @@ from hbxt_compress.render.page import write_page
 from hbxt_compress.render.pictures import side_by_side
 from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
 
-__all__ = ["VERSION", "measure"]
+__all__ = ["measure"]
 
-VERSION = 1
 log = logging.getLogger(__name__)
 
 

@@ -15,7 +15,7 @@ from hbxt_compress.store import Work
 __all__ = ["FACTS", "VERSION", "sample"]
 
 VERSION = 1
-FACTS = ("onnxruntime", "numpy")
+FACTS = ("onnxruntime|onnxruntime-rocm|onnxruntime-migraphx", "numpy")
 log = logging.getLogger(__name__)
 
 
@@ -28,8 +28,8 @@ def sample(
 ) -> None:
     """Writes the ClipSet of `items`, (prompt, seed) pairs, with the latents after every step.
 
-    Unhealthy clips are kept: judging them is the report's job. made_with: versions and processor
-    that the floats depend on. A killed run goes on with the next clip.
+    Unhealthy clips are kept: judging them is the report's job. A killed run goes on with the next
+    clip.
     """
     with Runtime.open(
         artifact.folder, provider="cpu", n_threads=on.n_threads, keep=True

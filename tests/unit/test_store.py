@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from hbxt_compress.errors import StoreError, UsageError
 from hbxt_compress.machine import Machine
-from hbxt_compress.store import Entry, Missing, Store, Work, canonical, publish
+from hbxt_compress.store import Entry, Missing, Store, Work, _version, canonical, publish
 
 VERSION = 1
 FACTS = ("numpy",)
@@ -103,3 +104,15 @@ def test_publish_replaces_only_its_own_kind(tmp_path: Path) -> None:
 def test_what_has_no_json_cannot_be_part_of_a_key() -> None:
     with pytest.raises(TypeError, match="set cannot"):
         canonical({1, 2})
+
+
+def test_a_fact_may_be_any_of_several_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != "onnxruntime-rocm":
+            raise PackageNotFoundError(name)
+        return "1.22.2"
+
+    monkeypatch.setattr("hbxt_compress.store.version", version)
+    assert _version("onnxruntime|onnxruntime-rocm") == "onnxruntime-rocm 1.22.2"
+    with pytest.raises(StoreError, match="none of onnxruntime, numpy"):
+        _version("onnxruntime|numpy")
