@@ -35,7 +35,7 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
 _REMEDY = "get the artifact again from where it was made, or make it again with `hbxt quantize`"
@@ -62,15 +62,26 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFate:
-    """What became of one weight: its format, why, bytes before and after, and measured error."""
+    """What became of one weight: its format, why, bytes before and after, and what it cost.
+
+    activations: what the layer's input is stored as, or keep. how: the algorithm and what it chose.
+    Errors are of the layer's output, relative, in power; see hbxt_compress.quantized.Loss.
+    None where nothing was rounded, or where calibration gathered less than a figure needs.
+    """
 
     name: str
     format: str
+    activations: str
+    how: str
     reason: str
     shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
     error: float | None
+    held_out: float | None
+    g1_db: float | None
+    g2_db: float | None
+    limit_db: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +136,11 @@ class Manifest:
             raise ArtifactError(
                 f"the manifest has schema {schema}, this hbxt_compress reads up to {SCHEMA}: it "
                 "was written by a newer hbxt_compress; upgrade (pip install -U hbxt_compress)"
+            )
+        if isinstance(schema, int) and 1 <= schema < SCHEMA:
+            raise ArtifactError(
+                f"the manifest has schema {schema}, this hbxt_compress reads {SCHEMA}: make the "
+                "artifact again with `hbxt quantize`"
             )
         problems = list(_manifest_problems(document))
         if problems:
@@ -281,9 +297,11 @@ _TYPES: Mapping[type, Mapping[str, type | tuple[type, ...]]] = {
     Geometry: {"height": int, "width": int, "n_frames": int, "fps": _NUMBER},
     FileRecord: {"path": str, "sha256": str, "size_bytes": int},
     LayerFate: {
-        **dict.fromkeys(("name", "format", "reason"), str),
+        **dict.fromkeys(("name", "format", "activations", "how", "reason"), str),
         **{"shape": (list, tuple), "bytes_before": int, "bytes_after": int},
-        "error": (*_NUMBER, type(None)),
+        **dict.fromkeys(
+            ("error", "held_out", "g1_db", "g2_db", "limit_db"), (*_NUMBER, type(None))
+        ),
     },
     Manifest: {
         **{"schema": int, "text_length": int},

@@ -84,17 +84,26 @@ def show_recipe(recipe: str) -> None:
 @hbxt.command()
 @click.argument("recipe")
 @_model
+@click.option("--layers", "every_layer", is_flag=True, help="A row for every layer.")
+@_store
+@_device
 @_json
-def plan(recipe: str, model: str, as_json: bool) -> None:
+def plan(
+    recipe: str, model: str, every_layer: bool, store: Path, device: str, as_json: bool
+) -> None:
     """Show the fate of every weight.
 
-    What RECIPE does to each, why, and the sizes; only file headers are read.
+    What RECIPE does to each, why, and the sizes. Only file headers are read, unless the recipe has
+    a budget to spend: then what the layers contribute is measured first.
     """
     from hbxt_compress import pipeline, show
+    from hbxt_compress.machine import Machine
     from hbxt_compress.recipe import load_recipe
+    from hbxt_compress.store import Store
 
     found = load_recipe(recipe)
-    show.plan(found, pipeline.plan(found, model), as_json)
+    planned = pipeline.plan(found, model, Store(store), machine=Machine(device=device))
+    show.plan(found, planned, as_json, every_layer=every_layer)
 
 
 @hbxt.command()

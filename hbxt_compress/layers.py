@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NewType
 
-__all__ = ["LayerKind", "LayerName", "LayerSpec", "matches"]
+__all__ = ["LayerKind", "LayerName", "LayerSpec", "Pair", "matches"]
 
 LayerName = NewType("LayerName", str)
 LayerKind = Literal["linear", "conv2d", "conv3d", "embedding"]
@@ -47,6 +47,20 @@ class LayerSpec:
     @property
     def n_weights(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two linears of a block, by module path, and the features between them.
+
+    joint: heads (tokens mix them linearly, head by head) or hidden (each goes through a function of
+    its own). n_heads: how many runs of neighbouring features must stay apart.
+    """
+
+    first: str
+    second: str
+    joint: Literal["heads", "hidden"]
+    n_heads: int = 1
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -11,14 +11,16 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
-from hbxt_compress.plan import Plan, make_plan
+from hbxt_compress.plan import Plan, make_plan, open_choices
 from hbxt_compress.prompts import load_prompts
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.report import QualityReport
 from hbxt_compress.source import Source, locate
 from hbxt_compress.stages.calibrate import calibrate
 from hbxt_compress.stages.export import export
+from hbxt_compress.stages.probe import probe, read_damages
 from hbxt_compress.stages.quantize import quantize
+from hbxt_compress.stages.refine import refine
 from hbxt_compress.stages.report import report, weights_at_hand
 from hbxt_compress.stages.sample import sample
 from hbxt_compress.store import Entry, Missing, Store, publish
@@ -29,9 +31,13 @@ __all__ = ["compress", "evaluate", "plan", "status"]
 _REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
 
 
-def plan(recipe: Recipe, model: str) -> Plan:
-    """What a recipe would do to every weight of a model; reads nothing but file headers."""
-    return _plan(recipe, locate(model, hashed=False))
+def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
+    """What a recipe would do to every weight of a model.
+
+    Reads nothing but file headers, unless the recipe has a budget: then the layers are measured.
+    """
+    hashed = recipe.budget is not None
+    return _plan(recipe, locate(model, store.memo, hashed=hashed), store, machine)
 
 
 def compress(
@@ -80,31 +86,45 @@ def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str
     return peek.seen
 
 
-def _plan(recipe: Recipe, source: Source) -> Plan:
+def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Plan:
     family = family_of(source)
-    return make_plan(recipe, family.layers(source), family.parameters(source))
+    layers, parameters = family.layers(source), family.parameters(source)
+    if recipe.budget is None:
+        return make_plan(recipe, layers, parameters)
+    measured = store.result(
+        probe,
+        source=source,
+        choices=open_choices(recipe, layers),
+        trajectories=_trajectories(recipe, source, store, machine),
+        on=machine,
+    )
+    return make_plan(recipe, layers, parameters, read_damages(measured.folder))
+
+
+def _trajectories(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
+    prompts = load_prompts(recipe.calibration)
+    return store.result(calibrate, source=source, prompts=prompts, on=machine)
 
 
 def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
-    planned = _plan(recipe, source)
-    rounded = None
+    planned = _plan(recipe, source, store, machine)
+    rounded, shown = None, {}
+    if planned.calibrated or recipe.refine:
+        n_held_out = load_prompts(recipe.calibration).held_out
+        trajectories = _trajectories(recipe, source, store, machine)
+        shown = {"trajectories": trajectories, "n_held_out": n_held_out}
     if planned.quantized:
-        names = tuple(layer.spec.name for layer in planned.quantized)
-        stats = store.result(
-            calibrate,
-            source=source,
-            prompts=load_prompts(recipe.calibration),
-            layers=names,
-            needs=planned.needs,
-            on=machine,
-        )
         rounded = store.result(
             quantize,
             source=source,
             layers=planned.quantized,
-            stats=stats,
-            how=recipe.round,
+            prepare=recipe.prepare if planned.calibrated else (),
+            **(shown if planned.calibrated else {}),
             on=machine,
+        )
+    if recipe.refine and rounded is not None:
+        rounded = store.result(
+            refine, source=source, quantized=rounded, how=recipe.refine, **shown, on=machine
         )
     return store.result(
         export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe

@@ -6,32 +6,70 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hbxt_compress.algorithms import AnyRounder
+from hbxt_compress.allocation import Option, allocate
 from hbxt_compress.errors import PlanError, listing
 from hbxt_compress.formats import FORMATS
-from hbxt_compress.layers import LayerSpec, matches
+from hbxt_compress.formats.activations import ACTIVATIONS
+from hbxt_compress.layers import LayerName, LayerSpec, matches
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.stats import Need
+from hbxt_compress.store import canonical
 
-__all__ = ["KEEP", "LayerPlan", "Plan", "make_plan"]
+__all__ = ["FULL_PRECISION", "KEEP", "Choice", "LayerPlan", "Plan", "make_plan", "open_choices"]
 
 KEEP = "fp16"
-_FULL_PRECISION = ("fp16", "fp32")
+FULL_PRECISION = frozenset({"fp16", "fp32"})
 _BYTES_BEFORE = 2  # the published checkpoints are 16 bit
 _BYTES_OTHER = 4  # biases, norms and modulation tables stay float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A weight that a budget decides about, and the formats it may take."""
+
+    spec: LayerSpec
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """One weight's fate. weights: a format's name; rule: index of the deciding rule."""
+    """One weight's fate.
+
+    weights: a format's name; activations: what its input is stored as, or keep; how: what rounds
+    it, None in full precision; rule: index of the deciding rule.
+    """
 
     spec: LayerSpec
     weights: str
+    activations: str
+    how: AnyRounder | None
     rule: int
     reason: str
 
     @property
+    def stored(self) -> str:
+        """Its format in words, with that of its input where that is rounded."""
+        return (
+            self.weights if self.activations == "keep" else f"{self.weights} x {self.activations}"
+        )
+
+    @property
+    def need(self) -> Need | None:
+        """What must be known of the layer's inputs, by its algorithm or to round them."""
+        if self.how is not None and self.how.need is not None:
+            return self.how.need
+        if self.activations != "keep" and ACTIVATIONS[self.activations].calibrated:
+            return "moments"
+        return None
+
+    def key(self) -> object:
+        """What stands for this fate in a result's key: not why it was chosen."""
+        return [canonical(self.spec), self.weights, self.activations, canonical(self.how)]
+
+    @property
     def quantized(self) -> bool:
-        return self.weights not in _FULL_PRECISION
+        return self.weights not in FULL_PRECISION
 
     @property
     def bytes_before(self) -> int:
@@ -39,25 +77,32 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        return FORMATS[self.weights].bytes(self.spec.shape)
+        n_bytes = FORMATS[self.weights].bytes(self.spec.shape)
+        if self.activations != "keep":
+            n_bytes += ACTIVATIONS[self.activations].extra_bytes(self.spec.shape)
+        return n_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Every weight's fate, and what calibration must gather for it.
+    """Every weight's fate.
 
     parameters: all parameters by component, so that what no rule can select (biases, norms) is
     counted too. precision: bits of every layer that is not quantized.
     """
 
     layers: tuple[LayerPlan, ...]
-    needs: frozenset[Need]
     parameters: Mapping[str, int]
     precision: Literal[16, 32]
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.quantized)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether an algorithm wants to know what the layers are given."""
+        return any(layer.need is not None for layer in self.layers)
 
     def components(self) -> dict[str, dict[str, int]]:
         """Bytes of weights by component: {"before": 16 bit, "after": planned}."""
@@ -78,6 +123,7 @@ class Plan:
                     "kind": layer.spec.kind,
                     "shape": list(layer.spec.shape),
                     "weights": layer.weights,
+                    "activations": layer.activations,
                     "rule": layer.rule,
                     "reason": layer.reason,
                     "bytes_before": layer.bytes_before,
@@ -88,15 +134,61 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, specs: Sequence[LayerSpec], parameters: Mapping[str, int]) -> Plan:
-    """The plan of a recipe for a model's weights. The first rule that matches decides.
+def open_choices(recipe: Recipe, specs: Sequence[LayerSpec]) -> tuple[Choice, ...]:
+    """Every weight for which the recipe offers several formats that fit, all of them named.
 
     Raises:
-        PlanError: a rule selects nothing, a weight is selected by no rule, or a weight does not fit
-            its format; all offenders at once.
+        PlanError: as `make_plan`.
     """
+    fates = _fates(recipe, specs)
+    return tuple(Choice(spec=s, formats=names) for s, _, names in fates if len(names) > 1)
+
+
+def make_plan(
+    recipe: Recipe,
+    specs: Sequence[LayerSpec],
+    parameters: Mapping[str, int],
+    damages: Mapping[LayerName, Mapping[str, float]] | None = None,
+) -> Plan:
+    """The plan of a recipe for a model's weights. The first rule that matches decides.
+
+    damages: for each open choice what every format costs the velocity; needed by recipes with a
+    budget, which is spent where it saves most.
+
+    Raises:
+        PlanError: a rule selects nothing, a weight is selected by no rule, a weight fits none of
+            its formats (all offenders at once), or the budget is too small.
+    """
+    fates = _fates(recipe, specs)
+    decided = {spec.name: (names[0], "") for spec, _, names in fates}
+    if recipe.budget is not None:
+        if damages is None:
+            raise PlanError(f"recipe {recipe.name} has a budget: measure the layers' damages first")
+        decided |= _spend(recipe, fates, parameters, damages)
+    layers = []
+    for spec, index, _ in fates:
+        rule = recipe.rules[index]
+        weights, why = decided[spec.name]
+        layers.append(
+            LayerPlan(
+                spec=spec,
+                weights=weights,
+                activations=rule.activations,
+                how=None if weights in FULL_PRECISION else rule.round or recipe.round,
+                rule=index,
+                reason=why or rule.why or recipe.summary,
+            )
+        )
+    all_32 = all(layer.weights == "fp32" for layer in layers)
+    return Plan(layers=tuple(layers), parameters=parameters, precision=32 if all_32 else 16)
+
+
+def _fates(
+    recipe: Recipe, specs: Sequence[LayerSpec]
+) -> list[tuple[LayerSpec, int, tuple[str, ...]]]:
+    """(weight, index of its rule, formats that fit it, at least one)."""
     problems: list[str] = []
-    layers: list[LayerPlan] = []
+    fates: list[tuple[LayerSpec, int, tuple[str, ...]]] = []
     seen = [False] * len(recipe.rules)
     for spec in specs:
         hits = [i for i, rule in enumerate(recipe.rules) if matches(rule.match, spec.name)]
@@ -105,15 +197,18 @@ def make_plan(recipe: Recipe, specs: Sequence[LayerSpec], parameters: Mapping[st
         if not hits:
             problems.append(f"{spec.name}: no rule selects it; end with a rule for `*`")
             continue
-        rule = recipe.rules[hits[0]]
-        weights = KEEP if rule.weights == "keep" else rule.weights
-        unfit = FORMATS[weights].fits(spec)
-        if unfit is not None:
-            problems.append(f"{spec.name} {list(spec.shape)}: {unfit} (rules[{hits[0]}])")
+        rule, at = recipe.rules[hits[0]], f"(rules[{hits[0]}])"
+        names = tuple(KEEP if name == "keep" else name for name in rule.choices)
+        unfit = {name: FORMATS[name].fits(spec) for name in names}
+        fitting = tuple(name for name in names if unfit[name] is None)
+        if not fitting:
+            reasons = "; ".join(str(reason) for reason in unfit.values())
+            problems.append(f"{spec.name} {list(spec.shape)}: {reasons} {at}")
             continue
-        layers.append(
-            LayerPlan(spec=spec, weights=weights, rule=hits[0], reason=rule.why or recipe.summary)
-        )
+        if problem := _blind(spec, rule.round or recipe.round, fitting):
+            problems.append(f"{spec.name}: {problem} {at}")
+            continue
+        fates.append((spec, hits[0], fitting))
     for i, rule in enumerate(recipe.rules):
         if not seen[i]:
             problems.append(
@@ -124,8 +219,37 @@ def make_plan(recipe: Recipe, specs: Sequence[LayerSpec], parameters: Mapping[st
             f"recipe {recipe.name} does not fit this model, {len(problems)} problems:\n"
             f"{listing(problems)}"
         )
-    all_32 = all(layer.weights == "fp32" for layer in layers)
-    needs = recipe.round.NEEDS if recipe.round is not None else frozenset[Need]()
-    return Plan(
-        layers=tuple(layers), needs=needs, parameters=parameters, precision=32 if all_32 else 16
-    )
+    return fates
+
+
+def _blind(spec: LayerSpec, how: AnyRounder | None, formats: Sequence[str]) -> str | None:
+    """Why an algorithm cannot have what it asks for, or None."""
+    if how is None or how.need is None or FULL_PRECISION.issuperset(formats):
+        return None
+    if spec.kind == "linear":
+        return None
+    return f"the inputs of a {spec.kind} are not observed; give its rule `round: {{use: rtn}}`"
+
+
+def _spend(
+    recipe: Recipe,
+    fates: Sequence[tuple[LayerSpec, int, tuple[str, ...]]],
+    parameters: Mapping[str, int],
+    damages: Mapping[LayerName, Mapping[str, float]],
+) -> dict[LayerName, tuple[str, str]]:
+    """By layer with a choice: (format, why)."""
+    choices = [(spec, names) for spec, _, names in fates if len(names) > 1]
+    options = {
+        spec.name: [
+            Option(
+                format=name, bytes=FORMATS[name].bytes(spec.shape), damage=damages[spec.name][name]
+            )
+            for name in names
+        ]
+        for spec, names in choices
+    }
+    n_weights = sum(spec.n_weights for spec, _ in choices)
+    fixed = sum(FORMATS[names[0]].bytes(spec.shape) for spec, _, names in fates if len(names) == 1)
+    fixed += _BYTES_OTHER * (sum(parameters.values()) - sum(spec.n_weights for spec, _, _ in fates))
+    found = allocate(options, recipe.budget_bytes(n_weights, fixed))
+    return {name: (option.format, found.why[name]) for name, option in found.chosen.items()}

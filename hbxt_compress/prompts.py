@@ -42,6 +42,8 @@ class PromptSet(Settings):
     """denoising steps of each trajectory"""
     observe: Annotated[tuple[int, ...], Field(min_length=1)]
     """indices of the steps whose layer inputs are gathered, 0 the noisiest"""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """how many of the last prompts algorithms choose with instead of learning from them"""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -52,6 +54,9 @@ class PromptSet(Settings):
             )
         if bool(self.prompts) == (self.rows is not None):
             raise ValueError("needs either prompts or rows, and not both")
+        n_prompts = len(self.prompts) if self.rows is None else self.rows.count
+        if self.held_out >= n_prompts:
+            raise ValueError(f"held_out {self.held_out} leaves none of {n_prompts} to learn from")
         _check_distinct(self.prompts)
         return self
 

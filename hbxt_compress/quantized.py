@@ -1,6 +1,6 @@
 """Quantized weights: codes, scales and how much was lost; one safetensors file per block.
 
-A QuantizedModel holds only what a format changed. Weights that stay in 16 bit are read from the
+A QuantizedModel holds only what compression changed. Weights that stay in 16 bit are read from the
 source again at export.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -17,34 +17,60 @@ from torch import Tensor
 
 from hbxt_compress.layers import LayerName
 
-__all__ = ["QuantizedModel", "QuantizedWeight", "save_block"]
+__all__ = ["Loss", "QuantizedModel", "QuantizedWeight", "save_block"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What rounding one weight costs. Errors are relative, E||W x - Q y||^2 / E||W x||^2, 0..inf.
+
+    error: on the calibration rows the rounder learned from. held_out: on rows of other prompts.
+    g1_db: what error feedback can gain on these inputs. g2_db: what it leaves on the table.
+    limit_db: how far the error is above the rate-distortion limit at the bits really stored.
+    None: nobody measured it, because no algorithm of the recipe needed those statistics.
+    """
+
+    error: float
+    held_out: float | None = None
+    g1_db: float | None = None
+    g2_db: float | None = None
+    limit_db: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedWeight:
     """One weight in a number format.
 
-    payload: what the format stores (int4: codes uint8 O I in 0..15, scales float16 O G).
-    error: ||(W - Q) x||^2 / ||W x||^2 over calibration inputs taken as uncorrelated, in 0..inf.
+    payload: what the format stores (int4: codes uint8 O I in 0..15, scales float16 O G), and, where
+    the input is rewritten first, what algorithms/transform.py adds. bias_O: the float32 bias that
+    goes with it, or None if the layer keeps its own. notes: what the algorithm chose.
     """
 
     format: str
     payload: Mapping[str, Tensor]
     shape: tuple[int, ...]
-    error: float
+    loss: Loss
+    bias_O: Tensor | None = None
+    notes: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedModel:
-    """All quantized weights of a model, by layer name."""
+    """All quantized weights of a model by layer name, and other parameters that were changed.
+
+    floats: float32 replacements by `<component>/<parameter name>`.
+    """
 
     weights: Mapping[LayerName, QuantizedWeight]
+    floats: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path) -> QuantizedModel:
-        """Reads every block file of a quantize result."""
+    def load(cls, *paths: Path) -> QuantizedModel:
+        """Reads block files: those named, and all of a folder that is named."""
         weights: dict[LayerName, QuantizedWeight] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        floats: dict[str, Tensor] = {}
+        files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
+        for path in files:
             with safe_open(path, framework="pt") as file:
                 described = json.loads(file.metadata()["layers"])
                 for name, about in described.items():
@@ -53,23 +79,37 @@ class QuantizedModel:
                         format=about["format"],
                         payload=payload,
                         shape=tuple(about["shape"]),
-                        error=about["error"],
+                        loss=Loss(**about["loss"]),
+                        bias_O=payload.pop("bias", None),
+                        notes=about["notes"],
                     )
-        return cls(weights=weights)
+                for key in file.keys():  # noqa: SIM118 - the open file is no mapping
+                    if key.startswith("float:"):
+                        floats[key.removeprefix("float:")] = file.get_tensor(key)
+        return cls(weights=weights, floats=floats)
 
 
-def save_block(path: Path, weights: Mapping[LayerName, QuantizedWeight]) -> None:
+def save_block(
+    path: Path,
+    weights: Mapping[LayerName, QuantizedWeight],
+    floats: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes the weights of one block; the same weights give the same bytes."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"float:{name}": tensor for name, tensor in (floats or {}).items()}
     described: dict[str, object] = {}
     for name in sorted(weights):
         weight = weights[name]
-        for key, tensor in weight.payload.items():
-            tensors[f"{name}:{key}"] = tensor.contiguous()
+        payload = dict(weight.payload)
+        if weight.bias_O is not None:
+            payload["bias"] = weight.bias_O
+        tensors |= {f"{name}:{key}": tensor for key, tensor in payload.items()}
         described[name] = {
             "format": weight.format,
             "shape": list(weight.shape),
-            "error": weight.error,
-            "payload": sorted(weight.payload),
+            "loss": asdict(weight.loss),
+            "payload": sorted(payload),
+            "notes": dict(weight.notes),
         }
+    # Layers may share an input scale; the file format wants each tensor to own its memory.
+    tensors = {key: tensors[key].contiguous().clone() for key in sorted(tensors)}
     save_file(tensors, path, metadata={"layers": json.dumps(described, sort_keys=True)})

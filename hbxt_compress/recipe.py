@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from hbxt_compress import library
-from hbxt_compress.algorithms import AnyRounder
+from hbxt_compress.algorithms import AnyPreparer, AnyRefiner, AnyRounder
 from hbxt_compress.errors import RecipeError
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.layers import matches
 from hbxt_compress.prompts import Name
 from hbxt_compress.strict import Settings, did_you_mean, load
@@ -24,14 +26,23 @@ FULL_PRECISION: Final = frozenset({"keep", "fp16", "fp32"})
 """what a rule may say without a rounder; keep = 16 bit"""
 
 
+WEIGHTS_OF_ACTIVATIONS = "int8-channel"
+_BUDGET = re.compile(r"^(?P<amount>\d+(\.\d+)?) (?P<unit>bits|kB|MB|GB)$")
+_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
 class Rule(Settings):
     """What happens to the weights that a pattern selects; the first rule that matches decides."""
 
     match: Annotated[str, Field(min_length=1)]
     """`*` any run of characters, `{a,b}` alternatives, over `<component>/<module path>`"""
-    weights: str
-    """a number format, or keep"""
+    weights: str | Annotated[tuple[str, ...], Field(min_length=2)]
+    """a number format, or keep; or several formats, among which the recipe's budget decides"""
+    activations: str = "keep"
+    """what the layer's input is stored as while the model runs, or keep"""
     why: Annotated[str, Field(validate_default=True)] = ""
+    round: AnyRounder | None = None
+    """how these weights are rounded, if not as the rest of the recipe says"""
 
     @field_validator("match")
     @classmethod
@@ -41,12 +52,30 @@ class Rule(Settings):
 
     @field_validator("weights")
     @classmethod
-    def _format(cls, weights: str) -> str:
+    def _format(cls, weights: str | tuple[str, ...]) -> str | tuple[str, ...]:
         known = ("keep", *FORMATS)
-        if weights not in known:
-            meant = did_you_mean(weights, known)
-            raise ValueError(f"unknown format {weights!r}{meant}; known: {', '.join(known)}")
+        for one in (weights,) if isinstance(weights, str) else weights:
+            if one not in known:
+                meant = did_you_mean(one, known)
+                raise ValueError(f"unknown format {one!r}{meant}; known: {', '.join(known)}")
         return weights
+
+    @field_validator("activations")
+    @classmethod
+    def _activations(cls, activations: str, info: ValidationInfo) -> str:
+        known = ("keep", *ACTIVATIONS)
+        if activations not in known:
+            meant = did_you_mean(activations, known)
+            raise ValueError(
+                f"unknown activation format {activations!r}{meant}; known: {', '.join(known)}"
+            )
+        weights = info.data.get("weights")
+        if activations != "keep" and weights != WEIGHTS_OF_ACTIVATIONS:
+            raise ValueError(
+                f"{activations} inputs are multiplied with {WEIGHTS_OF_ACTIVATIONS} weights, not "
+                f"{weights}"
+            )
+        return activations
 
     @field_validator("why")
     @classmethod
@@ -54,6 +83,11 @@ class Rule(Settings):
         if info.data.get("weights") == "keep" and not why.strip():
             raise ValueError("missing; say why these weights stay in high precision")
         return why
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The formats in question, one or several; keep is one of them."""
+        return (self.weights,) if isinstance(self.weights, str) else self.weights
 
 
 class Acceptance(Settings):
@@ -75,7 +109,13 @@ class Recipe(Settings):
     summary: Annotated[str, Field(min_length=1)]
     calibration: str
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    budget: Annotated[str | None, Field(pattern=_BUDGET.pattern, validate_default=True)] = None
+    """`4.25 bits` a weight that has a choice of formats, or `5.5 MB` for the whole artifact"""
+    prepare: tuple[AnyPreparer, ...] = ()
+    """rewrites that make weights easier to round, tried on every layer"""
     round: Annotated[AnyRounder | None, Field(validate_default=True)] = None
+    refine: tuple[AnyRefiner, ...] = ()
+    """how what is not a code is tuned afterwards, in this order"""
     accept: Acceptance
 
     @field_validator("calibration")
@@ -86,20 +126,35 @@ class Recipe(Settings):
     @field_validator("rules")
     @classmethod
     def _departures(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-        main = next((rule.weights for rule in rules if rule.weights != "keep"), "keep")
+        main = next((rule.choices for rule in rules if rule.weights != "keep"), ("keep",))
         silent = [
-            i for i, r in enumerate(rules) if r.weights not in ("keep", main) and not r.why.strip()
+            i
+            for i, r in enumerate(rules)
+            if r.choices not in (("keep",), main) and not r.why.strip()
         ]
         if silent:
-            places = ", ".join(f"rules[{i}] ({rules[i].weights})" for i in silent)
-            raise ValueError(f"the main format is {main}; say why these differ: {places}")
+            places = ", ".join(f"rules[{i}] ({', '.join(rules[i].choices)})" for i in silent)
+            raise ValueError(
+                f"the main format is {', '.join(main)}; say why these differ: {places}"
+            )
         return rules
+
+    @field_validator("budget")
+    @classmethod
+    def _spendable(cls, budget: str | None, info: ValidationInfo) -> str | None:
+        rules: tuple[Rule, ...] = info.data.get("rules", ())
+        chosen = any(len(rule.choices) > 1 for rule in rules)
+        if rules and chosen and budget is None:
+            raise ValueError("missing; a rule offers several formats, so write `4.25 bits`")
+        if rules and budget is not None and not chosen:
+            raise ValueError("nothing to decide: no rule offers several formats; remove this line")
+        return budget
 
     @field_validator("round")
     @classmethod
     def _needed(cls, value: AnyRounder | None, info: ValidationInfo) -> AnyRounder | None:
         rules: tuple[Rule, ...] = info.data.get("rules", ())
-        quantizing = sorted({rule.weights for rule in rules} - FULL_PRECISION)
+        quantizing = sorted({one for rule in rules for one in rule.choices} - FULL_PRECISION)
         if value is None and quantizing:
             raise ValueError(
                 f"missing; rules ask for {', '.join(quantizing)}, so write for example {{use: rtn}}"
@@ -109,6 +164,18 @@ class Recipe(Settings):
                 "nothing to round: no rule asks for a quantized format; remove this line"
             )
         return value
+
+    def budget_bytes(self, n_weights: int, fixed_bytes: int) -> int:
+        """Bytes for the weights that have a choice of formats.
+
+        n_weights: how many they are. fixed_bytes: what the rest of the artifact weighs.
+        """
+        found = _BUDGET.fullmatch(self.budget or "")
+        if found is None:
+            raise ValueError("this recipe has no budget")
+        if found["unit"] == "bits":
+            return int(float(found["amount"]) * n_weights / 8)
+        return int(float(found["amount"]) * _BYTES[found["unit"]]) - fixed_bytes
 
 
 def _on_shelf(shelf: Shelf, name: str) -> str:

@@ -17,7 +17,7 @@ from hbxt_compress.render.table import BYTES_HEAD, METRICS_HEAD, byte_rows, metr
 
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
     from hbxt_compress.artifact import Artifact, Geometry
-    from hbxt_compress.plan import Plan
+    from hbxt_compress.plan import LayerPlan, Plan
     from hbxt_compress.recipe import Recipe
     from hbxt_compress.report import QualityReport
 
@@ -67,41 +67,37 @@ def recipes(found: Sequence[Recipe], json_wanted: bool) -> None:
     return _out().print(table)
 
 
-def plan(recipe: Recipe, found: Plan, json_wanted: bool) -> None:
-    """Prints one row per fate: which layers, their format, the rule and why; then the sizes."""
+def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = False) -> None:
+    """Prints one row per fate: which layers, their format, the rule and why; then the sizes.
+
+    every_layer: a row for each layer instead, by size.
+    """
     if json_wanted:
         return as_json(
             {"recipe": {"name": recipe.name, "digest": recipe.digest}, **found.to_json()}
         )
-    table = _table(
-        "component",
-        ">layers",
-        "format",
-        ">rule",
-        ">before",
-        ">after",
-        "why",
-        title=f"plan: {recipe.name}",
-    )
-    ordered = sorted(
-        found.layers, key=lambda layer: (layer.spec.component, layer.rule, layer.weights)
-    )
-    for (component, rule, weights), group in groupby(
-        ordered, key=lambda layer: (layer.spec.component, layer.rule, layer.weights)
-    ):
+    head = "layer" if every_layer else "component"
+    columns = (head, ">layers", "format", ">rule", ">before", ">after", "why")
+    table = _table(*columns, title=f"plan: {recipe.name}")
+
+    def fate(layer: LayerPlan) -> tuple[str, int, str, str]:
+        if every_layer:
+            return layer.spec.name, layer.rule, layer.stored, layer.reason
+        told = layer.reason if recipe.budget is None else ""
+        return layer.spec.component, layer.rule, layer.stored, told
+
+    ordered = sorted(found.layers, key=fate)
+    for (name, rule, stored, why), group in groupby(ordered, key=fate):
         layers = list(group)
-        before, after = sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers)
-        style = "bold" if layers[0].quantized else "dim"
-        why = layers[0].reason
         table.add_row(
-            component,
+            name,
             str(len(layers)),
-            weights,
+            stored,
             str(rule),
-            size(before),
-            size(after),
-            why,
-            style=style,
+            size(sum(layer.bytes_before for layer in layers)),
+            size(sum(layer.bytes_after for layer in layers)),
+            why or "decided by the budget; --layers tells why",
+            style="bold" if layers[0].quantized else "dim",
         )
     out = _out()
     out.print(table)

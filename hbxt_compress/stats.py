@@ -1,114 +1,173 @@
-"""CalibrationStats: what the inputs of each layer looked like while the real model ran.
+"""LayerStats: what a layer's inputs looked like, in the real model and in the half quantized one.
 
-Sums are kept, not averages, in float64 and shifted by nothing: partial results of different prompts
-merge by addition, in any order, to 1e-9.
+x is a layer's input in full precision, y its input once everything before it is quantized, both at
+the same state of the same trajectory. Sums are kept, not averages, in float64 and shifted by the
+mean of the first rows against cancellation; partial results merge in any order to 1e-9.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hbxt_compress.layers import LayerName
-
-__all__ = ["CalibrationStats", "LayerStats", "Need"]
+__all__ = ["LayerInputs", "LayerStats", "Need"]
 
 Need = Literal["moments", "covariance"]
+"""moments: means, squares and largest values. covariance: also E[y y^T] and E[x y^T]."""
+
+_ROWS_AT_ONCE = 4096  # of float32 products between additions to the float64 sums
 
 
 @dataclass(slots=True, kw_only=True)
 class LayerStats:
-    """Sums over N input rows x_I of one layer (I input features), float64.
+    """Sums over N weighted rows (x_I, y_I) of one layer with I inputs, float64.
 
-    n: rows seen. total_I: sum of x. squares_I: sum of x^2. absmax_I: max |x|. products_II: sum of
-    x x^T, or None where no algorithm asked for it.
+    n: rows seen. weight: sum of their weights. shift_I: what is subtracted from x and y in the
+    sums below. total_x_I, total_y_I, squares_y_I: sums. absmax_I: max |y|, unshifted, unweighted.
+    products_yy_II, products_xy_II: sums of y y^T and x y^T, or None where nobody needs them.
     """
 
     n: int
-    total_I: Tensor
-    squares_I: Tensor
+    weight: float
+    shift_I: Tensor
+    total_x_I: Tensor
+    total_y_I: Tensor
+    squares_y_I: Tensor
     absmax_I: Tensor
-    products_II: Tensor | None = None
+    products_yy_II: Tensor | None = None
+    products_xy_II: Tensor | None = None
 
     @classmethod
-    def empty(cls, n_inputs: int, needs: frozenset[Need]) -> Self:
-        zeros = torch.zeros(n_inputs, dtype=torch.float64)
-        products = (
-            torch.zeros(n_inputs, n_inputs, dtype=torch.float64) if "covariance" in needs else None
-        )
+    def empty(cls, n_inputs: int, need: Need) -> LayerStats:
+        """No rows yet."""
+        zeros = torch.zeros(5, n_inputs, dtype=torch.float64)
+        square = (n_inputs, n_inputs)
+        pair = torch.zeros(2, *square, dtype=torch.float64) if need == "covariance" else None
         return cls(
             n=0,
-            total_I=zeros,
-            squares_I=zeros.clone(),
-            absmax_I=zeros.clone(),
-            products_II=products,
+            weight=0.0,
+            shift_I=zeros[0],
+            total_x_I=zeros[1],
+            total_y_I=zeros[2],
+            squares_y_I=zeros[3],
+            absmax_I=zeros[4],
+            products_yy_II=None if pair is None else pair[0],
+            products_xy_II=None if pair is None else pair[1],
         )
 
-    def add(self, x_NI: Tensor, weight: float = 1.0) -> None:
-        """Adds input rows (any leading shape), each counted `weight` times; absmax ignores it."""
-        rows = x_NI.detach().reshape(-1, x_NI.shape[-1]).to(torch.float64)
-        self.n += rows.shape[0]
-        self.total_I += weight * rows.sum(0)
-        self.squares_I += weight * rows.square().sum(0)
-        self.absmax_I = torch.maximum(self.absmax_I, rows.abs().amax(0))
-        if self.products_II is not None:
-            self.products_II += weight * (rows.T @ rows)
+    def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """Adds rows of two tensors of equal shape (any leading axes), each counted `weight` times.
 
-    def merge(self, other: Self) -> None:
-        self.n += other.n
-        self.total_I += other.total_I
-        self.squares_I += other.squares_I
-        self.absmax_I = torch.maximum(self.absmax_I, other.absmax_I)
-        if self.products_II is not None and other.products_II is not None:
-            self.products_II += other.products_II
+        Raises:
+            ValueError: a value is not finite.
+        """
+        rows_x, rows_y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, y))
+        if not bool(torch.isfinite(rows_x).all() and torch.isfinite(rows_y).all()):
+            raise ValueError("activations hold NaN or infinity")
+        if self.n == 0:
+            self.shift_I = rows_x.double().mean(0)
+        self.n += rows_x.shape[0]
+        self.weight += weight * rows_x.shape[0]
+        self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
+        chunks = zip(rows_x.split(_ROWS_AT_ONCE), rows_y.split(_ROWS_AT_ONCE), strict=True)
+        for chunk_x, chunk_y in chunks:
+            shifted_x, shifted_y = (c.double() - self.shift_I for c in (chunk_x, chunk_y))
+            self.total_x_I = self.total_x_I + weight * shifted_x.sum(0)
+            self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
+            self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
+            if self.products_yy_II is not None and self.products_xy_II is not None:
+                self.products_yy_II += weight * (shifted_y.T @ shifted_y)
+                self.products_xy_II += weight * (shifted_x.T @ shifted_y)
+
+    def merged(self, other: LayerStats) -> LayerStats:
+        """The statistics of both sets of rows."""
+        if not self.n:
+            return other
+        moved = other.shifted(self.shift_I)
+        return LayerStats(
+            n=self.n + moved.n,
+            weight=self.weight + moved.weight,
+            shift_I=self.shift_I,
+            total_x_I=self.total_x_I + moved.total_x_I,
+            total_y_I=self.total_y_I + moved.total_y_I,
+            squares_y_I=self.squares_y_I + moved.squares_y_I,
+            absmax_I=torch.maximum(self.absmax_I, moved.absmax_I),
+            products_yy_II=_sum(self.products_yy_II, moved.products_yy_II),
+            products_xy_II=_sum(self.products_xy_II, moved.products_xy_II),
+        )
+
+    def shifted(self, shift_I: Tensor) -> LayerStats:
+        """The same rows, summed up as if `shift_I` had been subtracted from them."""
+        d, w = self.shift_I - shift_I, self.weight
+        t_x, t_y = self.total_x_I, self.total_y_I
+        yy, xy = self.products_yy_II, self.products_xy_II
+        if yy is not None and xy is not None:
+            yy = yy + torch.outer(d, t_y) + torch.outer(t_y, d) + w * torch.outer(d, d)
+            xy = xy + torch.outer(d, t_y) + torch.outer(t_x, d) + w * torch.outer(d, d)
+        return LayerStats(
+            n=self.n,
+            weight=w,
+            shift_I=shift_I,
+            total_x_I=t_x + w * d,
+            total_y_I=t_y + w * d,
+            squares_y_I=self.squares_y_I + 2 * d * t_y + w * d * d,
+            absmax_I=self.absmax_I,
+            products_yy_II=yy,
+            products_xy_II=xy,
+        )
+
+    @property
+    def mean_x_I(self) -> Tensor:
+        """E[x], float64 I."""
+        return self.shift_I + self.total_x_I / max(self.weight, 1e-30)
+
+    @property
+    def mean_y_I(self) -> Tensor:
+        """E[y], float64 I."""
+        return self.shift_I + self.total_y_I / max(self.weight, 1e-30)
 
     @property
     def mean_square_I(self) -> Tensor:
-        """E[x^2], the diagonal of the second moment, float64 I."""
-        return self.squares_I / max(1, self.n)
+        """E[y^2], float64 I."""
+        plain = self.shifted(torch.zeros_like(self.shift_I))
+        return plain.squares_y_I / max(self.weight, 1e-30)
+
+    def hessian(self, *, centred: bool) -> Tensor:
+        """Cov(y) if centred, else E[y y^T]; float64 I I, symmetric."""
+        return self._second(self.products_yy_II, self.mean_y_I, centred)
+
+    def cross(self, *, centred: bool) -> Tensor:
+        """Cov(x, y) if centred, else E[x y^T]; float64 I I, x along the rows."""
+        return self._second(self.products_xy_II, self.mean_x_I, centred)
+
+    def _second(self, products_II: Tensor | None, mean_left_I: Tensor, centred: bool) -> Tensor:
+        if products_II is None:
+            raise ValueError("these statistics were gathered without products")
+        w = max(self.weight, 1e-30)
+        left, right = mean_left_I - self.shift_I, self.mean_y_I - self.shift_I
+        centred_II = products_II / w - torch.outer(left, right)
+        return centred_II if centred else centred_II + torch.outer(mean_left_I, self.mean_y_I)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationStats:
-    """Statistics by layer."""
+class LayerInputs:
+    """What a rounder may know of a layer's inputs.
 
-    layers: Mapping[LayerName, LayerStats]
+    fit: rows to learn from. held_out: rows of other prompts, to choose with; None if there are too
+    few prompts. takes_bias: the layer has a bias, so a constant error costs nothing.
+    """
 
-    def save(self, path: Path) -> None:
-        """Writes one safetensors file."""
-        tensors: dict[str, Tensor] = {}
-        for name, stats in self.layers.items():
-            tensors[f"{name}:n"] = torch.tensor([stats.n], dtype=torch.int64)
-            tensors[f"{name}:total"] = stats.total_I
-            tensors[f"{name}:squares"] = stats.squares_I
-            tensors[f"{name}:absmax"] = stats.absmax_I
-            if stats.products_II is not None:
-                tensors[f"{name}:products"] = stats.products_II
-        save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, path)
+    fit: LayerStats
+    held_out: LayerStats | None
+    takes_bias: bool
 
-    @classmethod
-    def load(cls, paths: Iterable[Path]) -> Self:
-        """Reads and merges the files of several prompts."""
-        merged: dict[LayerName, LayerStats] = {}
-        for path in paths:
-            tensors = load_file(path)
-            for key in [key for key in tensors if key.endswith(":n")]:
-                name = LayerName(key.removesuffix(":n"))
-                one = LayerStats(
-                    n=int(tensors[key]),
-                    total_I=tensors[f"{name}:total"],
-                    squares_I=tensors[f"{name}:squares"],
-                    absmax_I=tensors[f"{name}:absmax"],
-                    products_II=tensors.get(f"{name}:products"),
-                )
-                if name in merged:
-                    merged[name].merge(one)
-                else:
-                    merged[name] = one
-        return cls(layers=merged)
+    def everything(self) -> LayerStats:
+        """Both sets of rows together."""
+        return self.fit if self.held_out is None else self.fit.merged(self.held_out)

@@ -24,7 +24,20 @@ MEDIAN_LINES = 160
 ROWS = (
     {"errors"},
     {"strict", "yaml_text", "machine", "store", "library", "torchvision_ops", "external_data"},
-    {"layers", "sampler", "source", "prompts", "stats", "quantized", "clips", "artifact", "report"},
+    {
+        "layers",
+        "sampler",
+        "source",
+        "prompts",
+        "stats",
+        "quantized",
+        "clips",
+        "artifact",
+        "report",
+        "trajectories",
+        "chain",
+        "allocation",
+    },
     {"formats", "algorithms", "models", "metrics", "graph", "render", "runtime"},
     {"suite"},
     {"recipe"},
@@ -41,7 +54,6 @@ SIDEWAYS = {
     ("store", "machine"): "a machine is an argument that no key holds",
     ("artifact", "sampler"): "a manifest carries its sampler",
     ("quantized", "layers"): "keyed by layer name",
-    ("stats", "layers"): "keyed by layer name",
     ("formats", "graph"): "a format emits its own nodes with graph.builder",
     ("graph", "formats"): "export asks each weight's format for its nodes",
     ("models", "graph"): "a family describes its graphs with graph.builder",
@@ -75,8 +87,8 @@ HOMES = {
     "matplotlib": {"render"},
     "PIL": {"render", "clips"},
     "torch": {
-        "algorithms", "formats", "graph", "metrics", "models", "quantized", "reference", "stages",
-        "stats", "torchvision_ops",
+        "algorithms", "chain", "formats", "graph", "metrics", "models", "quantized", "reference",
+        "stages", "stats", "torchvision_ops", "trajectories",
     },
 }  # fmt: skip
 

@@ -1,30 +1,90 @@
-"""Rounders turn a weight into the codes of a format. To add one: a file here and a line below."""
+"""Algorithms by phase: prepare (function-preserving rewrites), round, refine (codes frozen).
+
+To add one: write a file here and a line in its table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Final, Protocol
 
 from torch import Tensor
 
+from hbxt_compress.algorithms.gptq import Gptq
+from hbxt_compress.algorithms.hadamard import Hadamard
+from hbxt_compress.algorithms.permute import Permute
+from hbxt_compress.algorithms.recover import Recover
+from hbxt_compress.algorithms.rotate import Rotate
+from hbxt_compress.algorithms.rounded import Rounded
 from hbxt_compress.algorithms.rtn import Rtn
+from hbxt_compress.algorithms.scale import Scale
+from hbxt_compress.algorithms.transform import Mixing, Transform
 from hbxt_compress.formats import WeightFormat
-from hbxt_compress.quantized import QuantizedWeight
-from hbxt_compress.stats import LayerStats, Need
+from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.strict import one_of
 
-__all__ = ["ROUNDERS", "AnyRounder", "Rounder"]
+__all__ = [
+    "INPUT_PREPARERS",
+    "PAIR_PREPARERS",
+    "REFINERS",
+    "ROUNDERS",
+    "AnyPreparer",
+    "AnyRefiner",
+    "AnyRounder",
+    "InputPreparer",
+    "PairPreparer",
+    "Rounder",
+]
+
+
+class InputPreparer(Protocol):
+    """Proposes what a layer's input could be multiplied with at run time."""
+
+    VERSION: ClassVar[int]  # bump when results change
+
+    @property
+    def need(self) -> Need | None: ...
+
+    def candidates(
+        self, weights: Sequence[Tensor], inputs: LayerInputs
+    ) -> Iterator[tuple[str, Transform]]:
+        """Named transforms of an input that layers with these weights (O I each) share."""
+
+
+class PairPreparer(Protocol):
+    """Proposes how the features between two layers could be mixed, for free."""
+
+    VERSION: ClassVar[int]  # bump when results change
+    JOINTS: ClassVar[frozenset[str]]  # of "heads", "hidden": between what it may mix
+
+    @property
+    def need(self) -> Need | None: ...
+
+    def candidates(
+        self, first_FI: Tensor, second_OF: Tensor, inputs_of_second: LayerInputs, n_heads: int
+    ) -> Iterator[tuple[str, Mixing]]:
+        """Named mixings of the F features between two layers, none across a head."""
 
 
 class Rounder(Protocol):
     """A rounding algorithm; its fields are its parameters in a recipe."""
 
     VERSION: ClassVar[int]  # bump when results change
-    NEEDS: ClassVar[frozenset[Need]]  # statistics that calibration must gather
 
-    def round(self, weight_OI: Tensor, stats: LayerStats, fmt: WeightFormat) -> QuantizedWeight:
-        """The weight in a format, with its measured error. weight_OI: float32."""
+    @property
+    def need(self) -> Need | None:
+        """Statistics that calibration must gather; None: this algorithm needs no calibration."""
+
+    def round(self, weight_OI: Tensor, inputs: LayerInputs | None, fmt: WeightFormat) -> Rounded:
+        """The weight in a format; weight_OI: float32. inputs is None only where need is None."""
 
 
-ROUNDERS: Final[Mapping[str, type[Rounder]]] = {"rtn": Rtn}
+INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {"scale": Scale, "hadamard": Hadamard}
+PAIR_PREPARERS: Final[Mapping[str, type[PairPreparer]]] = {"rotate": Rotate, "permute": Permute}
+AnyPreparer = one_of({**INPUT_PREPARERS, **PAIR_PREPARERS})
+
+ROUNDERS: Final[Mapping[str, type[Rounder]]] = {"rtn": Rtn, "gptq": Gptq}
 AnyRounder = one_of(ROUNDERS)
+
+REFINERS: Final[Mapping[str, type[Recover]]] = {"recover": Recover}
+AnyRefiner = one_of(REFINERS)

@@ -31,7 +31,15 @@ class WeightFormat(Protocol):
 
     @property
     def n_levels(self) -> tuple[int, int]:
-        """Codes below and above zero; (0, 0): no codes."""
+        """Levels below and above 0; (0, 0): no levels."""
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether each group stores a level that stands for 0."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of a 16-bit branch that is added to the weight; 0: none."""
 
     def fits(self, spec: LayerSpec) -> str | None:
         """Why the weight cannot take this format and what to do, or None if it can."""
@@ -39,8 +47,23 @@ class WeightFormat(Protocol):
     def bytes(self, shape: tuple[int, ...]) -> int:
         """Exact bytes of the weight's initializers in the artifact (bias not counted)."""
 
-    def encode(self, weight_OI: Tensor, scales: Tensor) -> Mapping[str, Tensor]:
-        """The payload of nearest codes under given scales."""
+    def encode(
+        self, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
+        """The payload of nearest levels under given scales and zeros; a branch is zero."""
+
+    def store(
+        self,
+        levels_OI: Tensor,
+        scales_OG: Tensor,
+        zeros_OG: Tensor | None = None,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+    ) -> Mapping[str, Tensor]:
+        """The payload of given levels, scales, zeros and factors (down R I, up O R).
+
+        w = (level - zero) * scale + up @ down; levels and zeros whole, in [-below, above].
+        """
 
     def decode(self, payload: Mapping[str, Tensor]) -> Tensor:
         """The float32 weight that a payload stands for, O I."""
@@ -50,13 +73,21 @@ class WeightFormat(Protocol):
     ) -> Value:
         """Adds the nodes of x @ W^T and their initializers; returns the product (no bias)."""
 
+    def weight(
+        self, graph: GraphBuilder, name: str, payload: Mapping[str, Tensor], shape: tuple[int, ...]
+    ) -> Value:
+        """Adds the nodes of the float32 weight in its original shape, for a Conv."""
+
 
 _ALL: Final[tuple[WeightFormat, ...]] = (
     Plain(bits=32),
     Plain(bits=16),
     Int8(),
-    Int4(group=128),
-    Int4(group=64),
-    Int4(group=32),
+    *(
+        Int4(group=group, asymmetric=asymmetric, rank=rank)
+        for rank in (0, 16, 32)
+        for asymmetric in (False, True)
+        for group in (128, 64, 32)
+    ),
 )
 FORMATS: Final[Mapping[str, WeightFormat]] = {f.name: f for f in _ALL}

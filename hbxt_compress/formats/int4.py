@@ -1,7 +1,10 @@
 """int4: 4-bit codes in groups along the input features, one float16 scale a group.
 
-w = (code - 8) * scale, codes 0..15. A scale may be negative: the signed-max grid spends code 0 on
-the largest weight of a group, whatever its sign. In ONNX: com.microsoft::MatMulNBits.
+w = (code - zero) * scale, codes 0..15, zero 8. A scale may be negative: a signed grid spends code 0
+on the largest weight of a group, whatever its sign. In ONNX: com.microsoft::MatMulNBits.
+
+-asym: zeros are stored as well, 4 bits a group, and scales are positive. -r16, -r32: a 16-bit
+product up @ down of that rank is added to the weight (SVDQuant, arXiv 2411.05007).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hbxt_compress.formats.levels import checked, nearest, value
 from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, Value
 from hbxt_compress.layers import LayerSpec
 
@@ -19,47 +23,102 @@ __all__ = ["Int4"]
 
 _ZERO = 8
 _GROUPS = (128, 64, 32)
+_SHARE = 4  # a branch of more than a quarter of the full rank is no small correction
 
 
 class Int4:
-    """Names int4-g128, int4-g64, int4-g32. Shapes: O out, I in, G = I / group."""
+    """Names int4-g128, int4-g64-asym, int4-g32-r16. O out, I in, G = I / group, R rank.
+
+    Payload: codes uint8 O I in 0..15, scales float16 O G; if asymmetric zeros uint8 O G in 0..15;
+    with a rank down float16 R I and up float16 O R.
+    """
 
     n_levels = (_ZERO, _ZERO - 1)
 
-    def __init__(self, *, group: int) -> None:
+    def __init__(self, *, group: int, asymmetric: bool = False, rank: int = 0) -> None:
         if group < 16 or group & (group - 1):
             raise ValueError(f"group {group}: MatMulNBits takes powers of two from 16 on")
+        if rank < 0:
+            raise ValueError(f"rank {rank}: must be 0 (no branch) or more")
         self.group = group
-        self.name = f"int4-g{group}"
+        self.asymmetric = asymmetric
+        self.rank = rank
+        self.name = f"int4-g{group}{'-asym' * asymmetric}{f'-r{rank}' if rank else ''}"
 
     def fits(self, spec: LayerSpec) -> str | None:
         """Why the weight cannot take this format and what to do, or None if it can."""
         if spec.kind != "linear":
             return f"{self.name} stores only linear weights, this is a {spec.kind}: keep it"
         n_in = spec.shape[1]
-        if n_in % self.group == 0:
-            return None
-        smaller = [group for group in _GROUPS if group < self.group and n_in % group == 0]
-        remedy = f"use int4-g{smaller[0]} or keep it" if smaller else "use int8-channel or keep it"
-        return f"{n_in} input features are not a multiple of {self.group}: {remedy}"
+        if n_in % self.group:
+            smaller = [group for group in _GROUPS if group < self.group and n_in % group == 0]
+            remedy = f"use int4-g{smaller[0]}" if smaller else "use int8-channel"
+            return f"{n_in} input features are not a multiple of {self.group}: {remedy} or keep it"
+        if self.rank and min(spec.shape) <= _SHARE * self.rank:
+            plain = Int4(group=self.group, asymmetric=self.asymmetric).name
+            return f"a branch of rank {self.rank} is too much for {list(spec.shape)}: use {plain}"
+        return None
 
     def bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of packed codes and float16 scales."""
-        n_weights = math.prod(shape)
-        return n_weights // 2 + n_weights // self.group * 2
+        """Bytes of packed codes, float16 scales, packed zeros and float16 factors."""
+        n_out, n_in = shape
+        n_groups = n_in // self.group
+        zeros = n_out * math.ceil(n_groups / 2) if self.asymmetric else 0
+        return n_out * n_in // 2 + 2 * n_out * n_groups + zeros + 2 * self.rank * (n_out + n_in)
 
-    def encode(self, weight_OI: Tensor, scales: Tensor) -> Mapping[str, Tensor]:
-        """codes uint8 O I in 0..15, the nearest under scales O G; scales float16 O G."""
-        scales_OG = scales.to(torch.float16)
-        step_OI = scales_OG.float().repeat_interleave(self.group, dim=1)
-        safe_OI = torch.where(step_OI == 0, torch.ones_like(step_OI), step_OI)
-        codes_OI = torch.round(weight_OI.float() / safe_OI).clamp_(-_ZERO, _ZERO - 1) + _ZERO
-        return {"codes": codes_OI.to(torch.uint8), "scales": scales_OG}
+    def encode(
+        self, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
+        """The payload of nearest levels under given scales; a low-rank branch is zero."""
+        scales_OG = scales_OG.to(torch.float16)
+        levels_OI = nearest(weight_OI, scales_OG, zeros_OG, self.n_levels)
+        low_rank = None
+        if self.rank:
+            n_out, n_in = weight_OI.shape
+            low_rank = torch.zeros(self.rank, n_in), torch.zeros(n_out, self.rank)
+        return self.store(levels_OI, scales_OG, zeros_OG, low_rank=low_rank)
+
+    def store(
+        self,
+        levels_OI: Tensor,
+        scales_OG: Tensor,
+        zeros_OG: Tensor | None = None,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+    ) -> Mapping[str, Tensor]:
+        """The payload of given levels in -8..7, zeros (None: 0) and factors (down R I, up O R).
+
+        Raises:
+            ValueError: a level or zero is out of range, there are zeros but the format is
+                symmetric, or the factors are not of the format's rank.
+        """
+        payload = {
+            "codes": (checked(levels_OI, self.n_levels) + _ZERO).to(torch.uint8),
+            "scales": scales_OG.to(torch.float16),
+        }
+        if self.asymmetric:
+            zeros_OG = torch.zeros_like(scales_OG) if zeros_OG is None else zeros_OG
+            payload["zeros"] = (checked(zeros_OG, self.n_levels) + _ZERO).to(torch.uint8)
+        elif zeros_OG is not None and bool(zeros_OG.any()):
+            raise ValueError(f"{self.name} has no room for zero points: use {self.name}-asym")
+        n_out, n_in = levels_OI.shape
+        shapes = [(self.rank, n_in), (n_out, self.rank)] if self.rank else []
+        if [tuple(factor.shape) for factor in low_rank or ()] != shapes:
+            raise ValueError(f"{self.name} needs factors of shapes {shapes}")
+        if low_rank is not None:
+            payload |= {
+                k: f.to(torch.float16) for k, f in zip(("down", "up"), low_rank, strict=True)
+            }
+        return payload
 
     def decode(self, payload: Mapping[str, Tensor]) -> Tensor:
         """The float32 weight, O I."""
-        step_OI = payload["scales"].float().repeat_interleave(self.group, dim=1)
-        return (payload["codes"].float() - _ZERO) * step_OI
+        zeros = payload.get("zeros")
+        zeros_OG = None if zeros is None else zeros.float() - _ZERO
+        weight_OI = value(payload["codes"].float() - _ZERO, payload["scales"], zeros_OG)
+        return (
+            weight_OI + payload["up"].float() @ payload["down"].float() if self.rank else weight_OI
+        )
 
     def pack(self, payload: Mapping[str, Tensor]) -> Tensor:
         """uint8 O G group/2: two codes a byte, the first in the low four bits."""
@@ -71,20 +130,43 @@ class Int4:
         """codes uint8 O I of what `pack` returned."""
         return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
+    def pack_zeros(self, payload: Mapping[str, Tensor]) -> Tensor:
+        """uint8, one axis: two zeros a byte, each row's count padded to even with the default 8."""
+        zeros_OG = payload["zeros"]
+        if zeros_OG.shape[1] % 2:
+            zeros_OG = torch.nn.functional.pad(zeros_OG, (0, 1), value=_ZERO)
+        return (zeros_OG[:, 0::2] | (zeros_OG[:, 1::2] << 4)).flatten()
+
     def emit(
         self, graph: GraphBuilder, name: str, x: Value, payload: Mapping[str, Tensor]
     ) -> Value:
-        """Adds MatMulNBits with three inputs: a fourth or later one is misread on some targets."""
+        """Adds MatMulNBits with three inputs, or four: a fifth is misread on some targets."""
         n_out, n_in = payload["codes"].shape
+        shape = (*graph.shape_of(x)[:-1], n_out)
         packed = graph.initializer(f"{name}.codes", self.pack(payload))
-        scales = graph.float32(f"{name}.scales", payload["scales"].flatten())
-        return graph.node(
+        inputs = [x, packed, graph.float32(f"{name}.scales", payload["scales"].flatten())]
+        if self.asymmetric:
+            inputs.append(graph.initializer(f"{name}.zeros", self.pack_zeros(payload)))
+        out = graph.node(
             "MatMulNBits",
-            [x, packed, scales],
-            shape=(*graph.shape_of(x)[:-1], n_out),
+            inputs,
+            shape=shape,
             domain=CONTRIB,
             K=n_in,
             N=n_out,
             bits=4,
             block_size=self.group,
         )
+        if not self.rank:
+            return out
+        down = graph.float32(f"{name}.down", payload["down"].T)
+        up = graph.float32(f"{name}.up", payload["up"].T)
+        narrow = graph.node("MatMul", [x, down], shape=(*shape[:-1], self.rank))
+        branch = graph.node("MatMul", [narrow, up], shape=shape)
+        return graph.node("Add", [out, branch], shape=shape)
+
+    def weight(
+        self, graph: GraphBuilder, name: str, payload: Mapping[str, Tensor], shape: tuple[int, ...]
+    ) -> Value:
+        """Raises ValueError: its operator multiplies, there is no node for the weight alone."""
+        raise ValueError(f"{name}: {self.name} stores only linear weights")

@@ -20,6 +20,8 @@ class Plain:
 
     group: int | None = None
     n_levels = (0, 0)  # it has no codes
+    asymmetric = False
+    rank = 0
 
     def __init__(self, *, bits: Literal[16, 32]) -> None:
         self.bits = bits
@@ -34,9 +36,25 @@ class Plain:
         """Bytes of the weight."""
         return math.prod(shape) * self.bits // 8
 
-    def encode(self, weight_OI: Tensor, scales: Tensor | None = None) -> Mapping[str, Tensor]:
-        """weight, rounded to the format; scales are ignored."""
+    def encode(
+        self,
+        weight_OI: Tensor,
+        scales_OG: Tensor | None = None,
+        zeros_OG: Tensor | None = None,
+    ) -> Mapping[str, Tensor]:
+        """weight, rounded to the format; scales and zeros are ignored."""
         return {"weight": weight_OI.to(self._dtype)}
+
+    def store(
+        self,
+        levels_OI: Tensor,
+        scales_OG: Tensor,
+        zeros_OG: Tensor | None = None,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+    ) -> Mapping[str, Tensor]:
+        """Raises ValueError: the format has no levels."""
+        raise ValueError(f"{self.name} has no levels: use encode")
 
     def decode(self, payload: Mapping[str, Tensor]) -> Tensor:
         """The float32 weight."""
@@ -50,3 +68,9 @@ class Plain:
         weight = graph.float32(f"{name}.weight", weight_OI.T)
         shape = (*graph.shape_of(x)[:-1], weight_OI.shape[0])
         return graph.node("MatMul", [x, weight], shape=shape)
+
+    def weight(
+        self, graph: GraphBuilder, name: str, payload: Mapping[str, Tensor], shape: tuple[int, ...]
+    ) -> Value:
+        """The float32 weight of this shape; 16 bit through a Cast."""
+        return graph.float32(f"{name}.weight", payload["weight"].reshape(shape))

@@ -49,10 +49,11 @@ class GraphBuilder:
         *,
         shape: Sequence[int],
         domain: str = "",
+        dtype: ir.DataType = ir.DataType.FLOAT,
         **attributes: int | float | str | Sequence[int],
     ) -> Value:
-        """The one output, float32 of the given shape, of a new node."""
-        output = ir.Value(shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        """The one output of a new node, of the given shape and dtype."""
+        output = ir.Value(shape=ir.Shape(shape), type=ir.TensorType(dtype))
         node = ir.node(op_type, inputs, attributes, domain=domain, outputs=[output])
         node.metadata_props.update(self._before.metadata_props)
         self._graph.insert_before(self._before, node)

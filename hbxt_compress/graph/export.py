@@ -25,18 +25,20 @@ def export_component(
     weights: Mapping[LayerName, tuple[WeightFormat, Mapping[str, Tensor]]],
     *,
     precision: Precision,
+    activations: Mapping[LayerName, str] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes config.json, the graphs and model.onnx.data; the same inputs give the same bytes.
 
     A layer that `weights` does not name is stored in `precision`; an empty payload means the
-    module's own weight in that format. Biases, norms and tables stay float32.
+    module's own weight in that format. activations: what a layer's input is stored as, if it is
+    rounded. Biases, norms and tables stay float32.
 
     Raises:
         ExportError: A weight overflows float16, a planned layer is not in the graph, or a graph
             breaks a rule of the target.
     """
-    storage = Storage(component.component, weights, precision)
+    storage = Storage(component.component, weights, precision, activations or {})
     models = {}
     for name, spec in component.graphs.items():
         models[name] = capture(spec)

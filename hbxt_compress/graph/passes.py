@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS, WeightFormat
+from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, content_of, name_of, present
 from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
+from hbxt_compress.graph.transform import emit_transform
 from hbxt_compress.layers import LayerName
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
 
 Precision = Literal[16, 32]
 IR_VERSION = 10
+_NO_NAMES: Mapping[LayerName, str] = MappingProxyType({})
 
 
 class Storage:
@@ -46,8 +50,10 @@ class Storage:
         component: str,
         weights: Mapping[LayerName, tuple[WeightFormat, Mapping[str, Tensor]]],
         precision: Precision,
+        activations: Mapping[LayerName, str] = _NO_NAMES,
     ) -> None:
         prefix = f"{component}/"
+        self._activations = activations
         self.component = component
         self._default = FORMATS[f"fp{precision}"]
         self._weights = {name: how for name, how in weights.items() if name.startswith(prefix)}
@@ -68,6 +74,10 @@ class Storage:
                     "store it as fp32"
                 )
         return chosen, payload
+
+    def activations(self, layer: str) -> str:
+        """What the layer's input is stored as, or keep."""
+        return self._activations.get(LayerName(layer), "keep")
 
     def require_all_used(self) -> None:
         """Raises ExportError if a planned format met no layer: its name is wrong."""
@@ -98,7 +108,10 @@ def cancel_transposes(model: ir.Model) -> None:
 
 
 def lower_linears(model: ir.Model, storage: Storage) -> None:
-    """Before: hbxt::Linear(x, W[, b]) {layer}. After: the format's nodes, then Add of the bias."""
+    """Before: hbxt::Linear(x, W[, b]) {layer}. After: the format's nodes, then Add of the bias.
+
+    What the payload does to the input comes first; a rounded input brings its own nodes for both.
+    """
     graph = model.graph
     for node in [n for n in graph if n.domain == LINEAR_DOMAIN]:
         x, weight, *rest = (present(value) for value in node.inputs)
@@ -106,7 +119,10 @@ def lower_linears(model: ir.Model, storage: Storage) -> None:
         chosen, payload = storage.of(layer, _tensor(weight))
         builder = GraphBuilder(graph, node)
         short = layer.removeprefix(f"{storage.component}/")
-        out = chosen.emit(builder, short, x, payload)
+        x = emit_transform(builder, short, x, payload)
+        activations = storage.activations(layer)
+        emitter = chosen if activations == "keep" else ACTIVATIONS[activations]
+        out = emitter.emit(builder, short, x, payload)
         if rest:
             out = builder.node("Add", [out, rest[0]], shape=builder.shape_of(out))
         node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
@@ -129,9 +145,14 @@ def store_other_weights(model: ir.Model, storage: Storage) -> None:
         module = name_of(weight).removeprefix("model.").removesuffix(".weight")
         tensor = _tensor(weight)
         chosen, payload = storage.of(f"{storage.component}/{module}", tensor)
-        if set(payload) != {"weight"}:
-            raise ExportError(f"{module}: {node.op_type} weights cannot be stored as {chosen.name}")
         builder = GraphBuilder(graph, node)
+        if set(payload) != {"weight"}:
+            if node.op_type != "Conv":
+                raise ExportError(f"{module}: a table cannot be stored as {chosen.name}")
+            if module not in stored:
+                stored[module] = chosen.weight(builder, module, payload, tuple(tensor.shape))
+            node.replace_input_with(index, stored[module])
+            continue
         behind = node.op_type == "Gather" and tensor.numel() > math.prod(
             builder.shape_of(node.outputs[0])
         )

@@ -16,9 +16,10 @@ from typing import Final, Protocol
 from torch import nn
 
 from hbxt_compress.artifact import Geometry
+from hbxt_compress.chain import Chain
 from hbxt_compress.errors import SourceError
 from hbxt_compress.graph.capture import ComponentGraphs
-from hbxt_compress.layers import LayerSpec
+from hbxt_compress.layers import LayerSpec, Pair
 from hbxt_compress.models.wan import Wan
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Source
@@ -31,6 +32,7 @@ class Family(Protocol):
 
     name: str
     pipelines: frozenset[str]  # `_class_name` values in model_index.json
+    chained: frozenset[str]  # components whose layer inputs can be observed
 
     def components(self, source: Source) -> tuple[str, ...]:
         """Exported components in the order they run, experts apart."""
@@ -58,6 +60,12 @@ class Family(Protocol):
 
     def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
         """What to export of a loaded component."""
+
+    def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
+        """A loaded component in pieces: head, blocks, tail."""
+
+    def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
+        """The pairs of linears in a block between which features may be mixed."""
 
     def weight_files(self, source: Source, component: str) -> dict[str, Path]:
         """The safetensors file that holds each parameter of a component."""

@@ -10,13 +10,14 @@ from typing import Any, Final
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from hbxt_compress.artifact import Geometry
+from hbxt_compress.chain import Chain
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.graph.capture import ComponentGraphs
-from hbxt_compress.layers import LayerKind, LayerName, LayerSpec
+from hbxt_compress.layers import LayerKind, LayerName, LayerSpec, Pair
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import SamplerSpec
@@ -43,6 +44,7 @@ class Wan:
 
     name = "wan"
     pipelines = frozenset({"WanPipeline"})
+    chained = frozenset(_BLOCK_PREFIX)
 
     def components(self, source: Source) -> tuple[str, ...]:
         index = source.config("model_index.json")
@@ -137,6 +139,36 @@ class Wan:
             module, latent_shape=shape, text_length=length, component=component
         )
 
+    def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
+        """text_encoder(ids, mask) -> hidden, 0 at padding; transformer(latents, t, text) -> v."""
+        call = _encode if component == "text_encoder" else _velocity
+        return Chain(module, _BLOCK_PREFIX[component].removesuffix("."), call)
+
+    def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
+        """Value and output projections of attentions, head by head; the halves of plain MLPs."""
+        if component == "text_encoder":  # its MLP is gated: three weights share the features
+            attention = f"encoder.block.{block}.layer.0.SelfAttention"
+            n_heads = source.config("text_encoder/config.json")["num_heads"]
+            return (
+                Pair(
+                    first=f"{attention}.v", second=f"{attention}.o", joint="heads", n_heads=n_heads
+                ),
+            )
+        n_heads = source.config(f"{component}/config.json")["num_attention_heads"]
+        at = f"blocks.{block}"
+        return (
+            *(
+                Pair(
+                    first=f"{at}.{attention}.to_v",
+                    second=f"{at}.{attention}.to_out.0",
+                    joint="heads",
+                    n_heads=n_heads,
+                )
+                for attention in ("attn1", "attn2")
+            ),
+            Pair(first=f"{at}.ffn.net.0.proj", second=f"{at}.ffn.net.2", joint="hidden"),
+        )
+
     def weight_files(self, source: Source, component: str) -> dict[str, Path]:
         """The safetensors file that holds each parameter of a component."""
         return {name: header.file for name, header in _headers(source, component).items()}
@@ -165,6 +197,14 @@ class Wan:
         return module.eval().requires_grad_(False)
 
 
+def _encode(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    return encoder(ids, mask).last_hidden_state * mask.unsqueeze(-1)
+
+
+def _velocity(transformer: nn.Module, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    return transformer(latents, t, text, return_dict=False)[0]
+
+
 def _empty(source: Source, folder: str, component: str) -> nn.Module:
     """The module that config.json describes, its weights not yet there."""
     config, kind = source.config(f"{folder}/config.json"), _CLASSES[component]
@@ -178,9 +218,9 @@ def _empty(source: Source, folder: str, component: str) -> nn.Module:
     return kind.from_config(config)
 
 
-def _state(folder: Path) -> dict[str, torch.Tensor]:
+def _state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a component in float32; SourceError naming those with NaN or infinity."""
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Tensor] = {}
     for path in sorted({header.file for header in read_headers(folder).values()}):
         state |= {name: tensor.float() for name, tensor in load_file(path).items()}
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]

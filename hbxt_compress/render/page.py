@@ -17,9 +17,11 @@ from hbxt_compress.render.table import (
     BYTES_HEAD,
     METRICS_HEAD,
     byte_rows,
+    decibel,
     metric_rows,
     notes,
     number,
+    power_db,
     size,
 )
 from hbxt_compress.report import QualityReport
@@ -96,6 +98,8 @@ def page(report: QualityReport, reference: Sequence[Clip], candidate: Sequence[C
         notes=notes(report),
         number=number,
         size=size,
+        power_db=power_db,
+        decibel=decibel,
     )
     n_bytes = len(text.encode())
     if n_bytes > MOST_BYTES:

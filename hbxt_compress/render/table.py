@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 from hbxt_compress.report import Measurement, QualityReport
 
 __all__ = [
     "BYTES_HEAD",
     "METRICS_HEAD",
     "byte_rows",
+    "decibel",
     "interval",
     "metric_rows",
     "notes",
     "number",
+    "power_db",
     "size",
 ]
 
@@ -31,6 +35,18 @@ BYTES_HEAD = ("component", "before", "after", "smaller")
 def number(value: float | None) -> str:
     """Four significant digits; a dash for None."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def decibel(value: float | None) -> str:
+    """`4.2 dB`; a dash for None."""
+    return "-" if value is None else f"{value:.1f} dB"
+
+
+def power_db(ratio: float | None) -> str:
+    """A power ratio in decibels; a dash for None, `exact` for 0."""
+    if ratio is None:
+        return "-"
+    return decibel(10 * math.log10(ratio)) if ratio > 0 else "exact"
 
 
 def size(n_bytes: int) -> str:

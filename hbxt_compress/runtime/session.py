@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,6 +128,8 @@ def _open(
         options.intra_op_num_threads = n_threads
     for key, value in config.items():
         options.add_session_config_entry(key, value)
+    if provider == "cpu" and _saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     name = _NAMES[provider]
     if provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -145,6 +148,17 @@ def _open(
         gc.collect()
         raise RuntimeError(f"asked for {name}, but the session runs on {', '.join(used)}")
     return Session(inner, provider)
+
+
+def _saturates() -> bool:
+    """Whether this processor may add uint8 x int8 products in 16 bit: x86 without VNNI does.
+
+    There ONNX Runtime must be told to multiply exactly, which elsewhere would cost half the speed.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    about = Path("/proc/cpuinfo")
+    return not about.is_file() or "vnni" not in about.read_text(errors="replace")
 
 
 def _amdgpu_devices() -> list[object]:

@@ -10,8 +10,11 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from hbxt_compress import artifact as contract
 from hbxt_compress.artifact import LayerFate, Manifest, record_files, write_manifest
@@ -21,8 +24,8 @@ from hbxt_compress.graph.export import export_component
 from hbxt_compress.graph.external import component_bytes
 from hbxt_compress.graph.parity import SESSION_OPTIONS, require_parity
 from hbxt_compress.models import Family, family_of
-from hbxt_compress.plan import Plan
-from hbxt_compress.quantized import QuantizedModel
+from hbxt_compress.plan import LayerPlan, Plan
+from hbxt_compress.quantized import Loss, QuantizedModel
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source
 from hbxt_compress.store import Entry, Work
@@ -78,7 +81,9 @@ def _write(
     plan: Plan,
     quantized: QuantizedModel,
 ) -> None:
-    graphs = family.graphs(source, component, family.load(source, component))
+    module = family.load(source, component)
+    _set_floats(module, component, quantized)
+    graphs = family.graphs(source, component, module)
     weights = {
         layer.spec.name: (
             FORMATS[layer.weights],
@@ -87,9 +92,42 @@ def _write(
         for layer in plan.layers
         if layer.spec.component == component
     }
-    export_component(folder, graphs, weights, precision=plan.precision)
+    activations = {
+        layer.spec.name: layer.activations for layer in plan.layers if layer.activations != "keep"
+    }
+    export_component(folder, graphs, weights, precision=plan.precision, activations=activations)
     if plan.precision == 32:
         require_parity(folder, graphs, tolerance=_PARITY)
+
+
+def _how(layer: LayerPlan, quantized: QuantizedModel) -> str:
+    """The algorithm with what it chose: `gptq (damping 0.01, correct 1)`."""
+    if layer.how is None:
+        return ""
+    name = layer.how.model_dump(mode="json").get("use") or type(layer.how).__name__.lower()
+    notes = quantized.weights[layer.spec.name].notes
+    told = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in notes.items()
+    )
+    return f"{name} ({told})" if told else str(name)
+
+
+def _loss(layer: LayerPlan, quantized: QuantizedModel) -> dict[str, float | None]:
+    if layer.quantized:
+        return asdict(quantized.weights[layer.spec.name].loss)
+    return {field.name: None for field in fields(Loss)}
+
+
+def _set_floats(module: nn.Module, component: str, quantized: QuantizedModel) -> None:
+    """Biases that belong to rounded weights, and other parameters that were tuned."""
+    changed: dict[str, Tensor] = dict(quantized.floats)
+    for name, weight in quantized.weights.items():
+        if weight.bias_O is not None:
+            changed[f"{name}.bias"] = weight.bias_O
+    for path, value in changed.items():
+        if path.startswith(f"{component}/"):
+            module.get_parameter(path.removeprefix(f"{component}/")).data = value.float()
 
 
 def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> None:
@@ -150,11 +188,13 @@ def _manifest(
             LayerFate(
                 name=layer.spec.name,
                 format=layer.weights,
+                activations=layer.activations,
+                how=_how(layer, quantized),
                 reason=layer.reason,
                 shape=layer.spec.shape,
                 bytes_before=layer.bytes_before,
                 bytes_after=layer.bytes_after,
-                error=quantized.weights[layer.spec.name].error if layer.quantized else None,
+                **_loss(layer, quantized),
             )
             for layer in plan.layers
         ),

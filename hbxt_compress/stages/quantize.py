@@ -1,91 +1,222 @@
-"""Quantize: round every planned weight; one file a block, so that a kill loses at most one."""
+"""Quantize: round every planned weight; one file a block, so that a kill loses at most one.
+
+Where an algorithm wants to know a layer's inputs, the model is walked from the prompt to the
+velocity: each layer is rounded on what it receives in the model whose earlier layers are quantized
+already, and aims at what the full-precision model computes at the same state of the trajectory.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
-from hbxt_compress.algorithms import AnyRounder
-from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.algorithms import AnyPreparer
+from hbxt_compress.algorithms.choose import IDENTITY
+from hbxt_compress.algorithms.diagnose import measure
+from hbxt_compress.algorithms.transform import Transform
+from hbxt_compress.chain import layer_at
+from hbxt_compress.errors import CalibrationError, SourceError, listing
 from hbxt_compress.formats import FORMATS
-from hbxt_compress.layers import LayerName
+from hbxt_compress.formats.activations import ACTIVATIONS
+from hbxt_compress.layers import LayerName, Pair
 from hbxt_compress.machine import Machine
-from hbxt_compress.models import family_of
+from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan
-from hbxt_compress.quantized import QuantizedWeight, save_block
+from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
 from hbxt_compress.source import Source
-from hbxt_compress.stats import CalibrationStats
+from hbxt_compress.stages.prepare import Kept, input_transform, mix
+from hbxt_compress.stages.walk import Station, members, set_weights, walk
+from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.store import Entry, Work
+from hbxt_compress.trajectories import load_trajectories
 
 __all__ = ["FACTS", "VERSION", "quantize"]
 
-VERSION = 1
+VERSION = 2
 FACTS = ("torch",)
 log = logging.getLogger(__name__)
+_IDENTITY: Final = Transform()
+_NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def quantize(
     work: Work,
     source: Source,
     layers: Sequence[LayerPlan],
-    stats: Entry,
-    how: AnyRounder | None,
+    on: Machine,
+    prepare: Sequence[AnyPreparer] = (),
+    trajectories: Entry | None = None,
+    n_held_out: int = 0,
+) -> None:
+    """Writes `<component>.<piece>.safetensors` for every piece with quantized layers.
+
+    trajectories: what calibrate wrote; None if no layer's algorithm asks for its inputs.
+
+    Raises:
+        SourceError: a weight holds NaN or infinity.
+        CalibrationError: a layer saw no input, or one that is not finite.
+    """
+    family = family_of(source)
+    _require_finite(source, family, layers)
+    blind = list(layers)
+    if trajectories is not None:
+        blind = [layer for layer in layers if layer.spec.component not in family.chained]
+        seen = [layer for layer in layers if layer.spec.component in family.chained]
+        _walk(work, source, family, seen, prepare, trajectories, n_held_out, on)
+    for (component, block), group in groupby(
+        blind, key=lambda layer: (layer.spec.component, layer.spec.block)
+    ):
+        name = f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors"
+        log.info("quantize: %s", name)
+        work.piece(name, partial(_blind, source, family, list(group)))
+    log.info("quantize: done", extra={"progress": (1, 1, "quantize")})
+
+
+def _blind(source: Source, family: Family, chosen: Sequence[LayerPlan], path: Path) -> None:
+    """Writes weights that are rounded without knowing their inputs."""
+    weights = {}
+    for layer in chosen:
+        weights[layer.spec.name] = _round(_weight(source, family, layer), None, None, layer)
+    save_block(path, weights)
+
+
+def _walk(
+    work: Work,
+    source: Source,
+    family: Family,
+    layers: Sequence[LayerPlan],
+    prepare: Sequence[AnyPreparer],
+    trajectories: Entry,
+    n_held_out: int,
     on: Machine,
 ) -> None:
-    """Writes `<component>.<block>.safetensors` for every block with quantized layers."""
-    gathered = CalibrationStats.load(sorted(stats.folder.glob("*.safetensors")))
-    family = family_of(source)
-    blocks = [
-        (
-            f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors",
-            list(members),
-        )
-        for (component, block), members in groupby(
-            layers, key=lambda p: (p.spec.component, p.spec.block)
-        )
-    ]
-    for i, (name, members) in enumerate(blocks):
-        log.info("quantize: %s", name, extra={"progress": (i, len(blocks), "quantize")})
-
-        def make(path: Path, members: list[LayerPlan] = members) -> None:
-            save_block(
-                path,
-                _round(
-                    source,
-                    family.weight_files(source, members[0].spec.component),
-                    members,
-                    gathered,
-                    how,
-                ),
+    """Rounds the layers of all components whose inputs can be observed, in running order."""
+    waiting = {layer.spec.name: layer for layer in layers}
+    stations = walk(
+        source, load_trajectories(trajectories.folder), n_held_out, torch.device(on.device)
+    )
+    for station in stations:
+        own = members(station, [layer.spec for layer in waiting.values()])
+        done = len(layers) - len(waiting)
+        where = f"{station.component} {station.piece}"
+        log.info("quantize: %s", where, extra={"progress": (done, len(layers), "quantize")})
+        if own:
+            chosen = [waiting.pop(spec.name) for spec in own]
+            name = f"{station.component}.{station.piece}.safetensors"
+            pairs = (
+                family.pairs(source, station.component, own[0].block)
+                if own[0].block is not None
+                else ()
             )
+            make = partial(_piece, station, pairs, chosen, prepare)
+            path = work.piece(name, make)
+            finished = QuantizedModel.load(path).weights
+            set_weights(station.sides.half.module, station.component, finished)
+    if waiting:
+        raise CalibrationError(
+            f"{len(waiting)} layers saw no input at the observed steps; observe steps of both "
+            f"experts:\n{listing(list(waiting))}"
+        )
 
-        work.piece(name, make)
-    log.info("quantize: done", extra={"progress": (len(blocks), len(blocks), "quantize")})
+
+def _piece(
+    station: Station,
+    pairs: Sequence[Pair],
+    chosen: Sequence[LayerPlan],
+    prepare: Sequence[AnyPreparer],
+    path: Path,
+) -> None:
+    """Writes the rounded weights of a piece: group by group, each after the ones before it."""
+    sides, planned = station.sides, {layer.spec.module: layer for layer in chosen}
+    done: dict[LayerName, QuantizedWeight] = {}
+    kept = Kept()
+    mixed = mix(station, pairs, planned, prepare, kept)
+    for group in sides.groups(station.piece, list(planned)):
+        needs = {planned[module].need for module in group} - {None}
+        inputs, how, transform = None, IDENTITY, Transform()
+        if needs:
+            need: Need = "covariance" if "covariance" in needs else "moments"
+            inputs = sides.inputs(station.piece, group[0], need)
+            how, transform = input_transform(station, group, planned, inputs, prepare)
+        for module in group:
+            layer, member = layer_at(sides.full.module, module), planned[module]
+            notes = {"mixed": mixed[module]} if module in mixed else {}
+            notes |= {} if transform.is_identity else {"input": how}
+            seen = inputs and replace(inputs, takes_bias=layer.bias is not None)
+            done[member.spec.name] = _round(
+                layer.weight.detach().flatten(1).float(),
+                layer.bias,
+                seen,
+                member,
+                transform,
+                notes,
+            )
+        set_weights(sides.half.module, station.component, done)
+    kept.restore()
+    save_block(path, done)
 
 
 def _round(
-    source: Source,
-    files: dict[str, Path],
-    members: Sequence[LayerPlan],
-    stats: CalibrationStats,
-    how: AnyRounder | None,
-) -> dict[LayerName, QuantizedWeight]:
-    done: dict[LayerName, QuantizedWeight] = {}
-    broken = []
-    for member in members:
-        spec = member.spec
-        with safe_open(files[spec.parameter], framework="pt") as file:
-            weight = file.get_tensor(spec.parameter).to(torch.float32)
-        if not bool(torch.isfinite(weight).all()):
-            broken.append(f"{spec.name} {list(spec.shape)} in {files[spec.parameter].name}")
-            continue
-        assert how is not None  # the recipe refuses quantized formats without a rounder
-        done[spec.name] = how.round(weight, stats.layers[spec.name], FORMATS[member.weights])
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    inputs: LayerInputs | None,
+    member: LayerPlan,
+    transform: Transform = _IDENTITY,
+    notes: Mapping[str, str] = _NONE,
+) -> QuantizedWeight:
+    """One layer in its format. bias_O: its own bias, which goes with the rounded weight."""
+    fmt, how, name = FORMATS[member.weights], member.how, member.spec.name
+    assert how is not None  # the plan refuses quantized formats without a rounder
+    seen = inputs if inputs is None else transform.inputs(inputs)
+    weight_OI = transform.weight(weight_OI)
+    try:
+        rounded = how.round(weight_OI, seen, fmt)
+    except ValueError as error:
+        raise CalibrationError(f"{name} {list(member.spec.shape)}: {error}") from None
+    if rounded.shift_O is not None:
+        bias_O = (0 if bias_O is None else bias_O.detach().float()) + rounded.shift_O
+    n_bits = 8 * fmt.bytes(member.spec.shape) / weight_OI.numel()
+    decoded_OI = fmt.decode(rounded.payload)
+    return QuantizedWeight(
+        format=fmt.name,
+        payload={**rounded.payload, **transform.payload(), **_activation(member, seen)},
+        shape=member.spec.shape,
+        loss=measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits),
+        bias_O=None if bias_O is None else bias_O.detach().float().clone(),
+        notes={**rounded.notes, **notes},
+    )
+
+
+def _activation(member: LayerPlan, inputs: LayerInputs | None) -> Mapping[str, Tensor]:
+    """What a rounded input adds to the payload."""
+    if member.activations == "keep":
+        return {}
+    absmax_I = None if inputs is None else inputs.everything().absmax_I
+    return ACTIVATIONS[member.activations].payload(absmax_I)
+
+
+def _weight(source: Source, family: Family, member: LayerPlan) -> Tensor:
+    parameter = member.spec.parameter
+    files = family.weight_files(source, member.spec.component)
+    with safe_open(files[parameter], framework="pt") as file:
+        return file.get_tensor(parameter).float().flatten(1)
+
+
+def _require_finite(source: Source, family: Family, layers: Sequence[LayerPlan]) -> None:
+    broken = [
+        f"{layer.spec.name} {list(layer.spec.shape)}"
+        for layer in layers
+        if not bool(torch.isfinite(_weight(source, family, layer)).all())
+    ]
     if broken:
         raise SourceError(f"{source.folder}: weights with NaN or infinity:\n{listing(broken)}")
-    return done

@@ -78,10 +78,10 @@ def _killed_at_pieces(arguments: list[str], store: Path, out: Path) -> int:
 
 
 def test_the_artifact_is_whole_and_says_what_became_of_every_weight(
-    artifact: Path, micro: Path
+    artifact: Path, micro: Path, store: Store
 ) -> None:
     manifest = Artifact.open(artifact).manifest
-    planned = pipeline.plan(load_recipe("tiny"), str(micro))
+    planned = pipeline.plan(load_recipe("tiny"), str(micro), store, machine=Machine())
     assert {layer.name: layer.format for layer in manifest.layers} == {
         layer.spec.name: layer.weights for layer in planned.layers
     }
@@ -200,6 +200,7 @@ def test_status_tells_what_is_done(
     assert [(stage, state) for stage, _, state in done] == [
         ("calibrate", "done"),
         ("quantize", "done"),
+        ("refine", "done"),
         ("export", "done"),
     ]
     fresh = pipeline.status(load_recipe("tiny"), str(micro), Store(tmp_path))

@@ -24,14 +24,20 @@ def _manifest() -> Manifest:
     layer = LayerFate(
         name="transformer/blocks.0.attn1.to_q",
         format="int4-g128",
+        activations="keep",
+        how="rtn",
         reason="rule 2",
         shape=(256, 256),
         bytes_before=131072,
         bytes_after=34816,
         error=0.04,
+        held_out=0.05,
+        g1_db=3.0,
+        g2_db=2.0,
+        limit_db=4.0,
     )
     return Manifest(
-        schema=1,
+        schema=2,
         recipe={"name": "w4a16"},
         source={"model": "builtin/tiny-wan"},
         components={

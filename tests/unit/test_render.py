@@ -21,6 +21,10 @@ from hbxt_compress.render.pictures import DIFFERENCE_GAIN, sheet, side_by_side
 from hbxt_compress.render.table import byte_rows, metric_rows, notes, size
 from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
 
+_NO_FIGURES = {
+    "activations": "keep", "how": "rtn", "held_out": None, "g1_db": 3.0, "g2_db": 0.5,
+    "limit_db": 4.25,
+}
 _NASTY = '</script><img src=x onerror="alert(1)"> | `*x*`'
 
 
@@ -61,8 +65,10 @@ def _report(n: int = 3, problems: int | None = None) -> QualityReport:
         curves={"latent_error/step": (0.1, 0.2, 0.4), "psnr/frame": (30.0,)},
         layers=(
             {"name": f"transformer/{_NASTY}", "format": "int4", "reason": _NASTY, "error": 0.1,
+             **_NO_FIGURES,
              "bytes_before": 100, "bytes_after": 30, "shape": [1]},
             {"name": "transformer/b", "format": "keep", "reason": "why", "error": None,
+             **_NO_FIGURES,
              "bytes_before": 100, "bytes_after": 100, "shape": [1]},
         ),
         verdicts=(Verdict(metric="psnr", limit=30.0, outcome="pass", reason="31 is at least 30"),),

@@ -1,0 +1,158 @@
+"""What a rounder minimises: the error of a layer's output on the inputs the quantized net sees.
+
+With x the input in full precision and y the one in the partly quantized net, over all Q
+E||W x - Q y - b||^2 = tr((Q - T) H (Q - T)^T) + const, where C = Cov(x, y), H = Cov(y),
+T = W C H^-1 and b = W E[x] - Q E[y]; without a bias, C and H are second moments and b = 0. H and C
+are damped throughout: they are estimated from few and related rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hbxt_compress.algorithms.feedback import Factor, factorise
+from hbxt_compress.algorithms.polish import quadratic
+from hbxt_compress.stats import LayerStats
+
+__all__ = ["Judge", "Moments", "Order", "Problem", "ScaleWeights"]
+
+Order = Literal["activation", "natural"]
+ScaleWeights = Literal["pivots", "diagonal", "ones"]
+
+_DEAD = 1e-8  # of the median variance: an input that hardly varies teaches nothing
+_DEAD_SHARE = 1e-6  # of the mean variance, which dead inputs are given to break ties
+_RETRIES = 6  # of ten times the damping each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One damped objective, factored. variance_I: the diagonal of hessian_II. float64.
+
+    damping: the share of the mean variance that was really added, after retries.
+    """
+
+    hessian_II: Tensor
+    cross_II: Tensor
+    factor: Factor
+    damping: float
+
+    @property
+    def variance_I(self) -> Tensor:
+        return self.hessian_II.diagonal()
+
+    def target(self, weight_OI: Tensor, share: float) -> Tensor:
+        """(1 - share) W + share T, float64 O I."""
+        if share == 0:
+            return weight_OI.double()
+        weight_OI = weight_OI.double()
+        fitted_OI = self.factor.solve(weight_OI @ self.cross_II)
+        return weight_OI + share * (fitted_OI - weight_OI)
+
+    def importance(self, weights: ScaleWeights) -> Tensor | None:
+        """What an error in each column counts in the scale search, float64 I; None: all alike."""
+        if weights == "ones":
+            return None
+        return self.factor.pivots_I if weights == "pivots" else self.variance_I
+
+    def loss(self, error_OI: Tensor) -> Tensor:
+        """e H e^T of each row, float64 O."""
+        return quadratic(error_OI, self.hessian_II)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """H and C of one layer without dead inputs, whose rows and columns are zero. float64.
+
+    scale: mean variance of the other inputs, or 1 if all are dead.
+    """
+
+    hessian_II: Tensor
+    cross_II: Tensor
+    mean_x_I: Tensor
+    mean_y_I: Tensor
+    dead_I: Tensor
+    scale: float
+    centred: bool
+
+    @classmethod
+    def of(cls, stats: LayerStats, *, centred: bool) -> Moments:
+        """The moments that statistics hold.
+
+        Raises:
+            ValueError: a moment is NaN or infinite, or products were not gathered.
+        """
+        hessian_II, cross_II = stats.hessian(centred=centred), stats.cross(centred=centred)
+        if not bool(torch.isfinite(hessian_II).all() and torch.isfinite(cross_II).all()):
+            raise ValueError("a layer's input covariance holds NaN or infinity: calibrate it again")
+        hessian_II = (hessian_II + hessian_II.T) / 2
+        variance_I = hessian_II.diagonal()
+        varying_I = variance_I[variance_I > 0]
+        median = float(varying_I.median()) if len(varying_I) else 0.0
+        dead_I = variance_I <= _DEAD * median
+        alive_I = (~dead_I).double()
+        return cls(
+            hessian_II=hessian_II * alive_I * alive_I[:, None],
+            cross_II=cross_II * alive_I,
+            mean_x_I=stats.mean_x_I,
+            mean_y_I=stats.mean_y_I,
+            dead_I=dead_I,
+            scale=float(variance_I[~dead_I].mean()) if bool(alive_I.any()) else 1.0,
+            centred=centred,
+        )
+
+    def problem(self, damping: float, order: Order = "activation") -> Problem:
+        """The objective with `damping` mean variances added, or ten times more until it factors.
+
+        Dead inputs are left with a small variance of their own and no ties to others, so that they
+        are rounded to nearest.
+
+        Raises:
+            ValueError: no damping that is tried makes the covariance positive definite.
+        """
+        dead_I = self.dead_I.double() * _DEAD_SHARE * self.scale
+        for retry in range(_RETRIES + 1):
+            share = damping * 10**retry
+            own_I = torch.where(self.dead_I, dead_I, share * self.scale)
+            damped_II = self.hessian_II + torch.diag(own_I)
+            order_I = torch.arange(len(own_I))
+            if order == "activation":
+                order_I = damped_II.diagonal().argsort(descending=True, stable=True)
+            factor = factorise(damped_II, order_I)
+            if factor is not None:
+                cross_II = self.cross_II + torch.diag(own_I)
+                return Problem(
+                    hessian_II=damped_II, cross_II=cross_II, factor=factor, damping=share
+                )
+        raise ValueError(
+            f"a layer's input covariance is not one: not positive definite at damping {share:g}"
+        )
+
+    def shift(self, weight_OI: Tensor, rounded_OI: Tensor) -> Tensor:
+        """b = W E[x] - Q E[y], float64 O; zero if the moments are not centred."""
+        if not self.centred:
+            return torch.zeros(weight_OI.shape[0], dtype=torch.float64)
+        return weight_OI.double() @ self.mean_x_I - rounded_OI.double() @ self.mean_y_I
+
+
+class Judge:
+    """Compares roundings on rows that nothing was fitted to."""
+
+    def __init__(self, *, fit: Moments, held_out: LayerStats) -> None:
+        self._fit = fit
+        self._hessian_II = held_out.hessian(centred=fit.centred)
+        self._cross_II = held_out.cross(centred=fit.centred)
+        self._mean_x_I, self._mean_y_I = held_out.mean_x_I, held_out.mean_y_I
+
+    def loss(self, weight_OI: Tensor, rounded_OI: Tensor) -> float:
+        """E||W x - Q y - b||^2 less E||W x - mean||^2, which all Q share; b comes from the fit."""
+        weight_OI, rounded_OI = weight_OI.double(), rounded_OI.double()
+        loss = (rounded_OI @ self._hessian_II * rounded_OI).sum()
+        loss -= 2 * (weight_OI @ self._cross_II * rounded_OI).sum()
+        if self._fit.centred:
+            rest_O = weight_OI @ self._mean_x_I - rounded_OI @ self._mean_y_I
+            loss += (rest_O - self._fit.shift(weight_OI, rounded_OI)).square().sum()
+        return float(loss)

@@ -1,0 +1,172 @@
+"""Recovery: tune what is not a code until the quantized model's velocity is the original's again.
+
+The student sees states of the full-precision trajectory and is pulled to the velocity that the full-
+precision model has there, E w ||v_student - v||^2 / E ||v||^2, by Adam with a cosine schedule.
+Trainable are one factor a scale group, low-rank factors, biases, norms and modulation tables;
+codes stay (the idea of EfficientQAT's end-to-end phase, Chen et al. 2024, arXiv 2407.11062).
+An average of the late weights is kept only if it is better on prompts that nobody tuned on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hbxt_compress.strict import Settings
+
+__all__ = ["Example", "Progress", "Recover", "velocity_error"]
+
+_SAVE_EVERY = 100
+_DECAY = 0.98  # of the average over steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """Inputs of a forward, the velocity that the original answers, and how much it counts."""
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+    weight: float
+
+
+class Progress(Protocol):
+    """Who watches a tuning and keeps its checkpoints."""
+
+    def step(self, done: int, total: int, loss: float) -> None: ...
+
+    def save(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def load(self) -> Mapping[str, Tensor] | None: ...
+
+
+class Recover(Settings):
+    """Recovery tuning with frozen codes."""
+
+    VERSION: ClassVar[int] = 1
+
+    n_steps: Annotated[int, Field(ge=1)] = 300
+    scale_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """largest change of a scale's logarithm a step"""
+    rate: Annotated[float, Field(gt=0)] = 1e-4
+    """learning rate of biases, norms, modulation and low-rank factors"""
+    seed: int = 0
+
+    def tune(
+        self,
+        student: nn.Module,
+        call: Callable[..., Tensor],
+        parameters: Mapping[str, Sequence[nn.Parameter]],
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        progress: Progress,
+    ) -> tuple[float, float]:
+        """Tunes the parameters in place; relative velocity errors on held-out states, before, after.
+
+        call(student, *inputs) gives a velocity. If tuning did not help, everything is as it was.
+        """
+        chosen = [p.requires_grad_(True) for group in parameters.values() for p in group]
+        started = [p.detach().clone() for p in chosen]
+        before = velocity_error(student, call, held_out)
+        groups = [
+            {"params": list(group), "lr": self.scale_rate if kind == "scales" else self.rate}
+            for kind, group in parameters.items()
+            if group
+        ]
+        rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        average = [p.detach().clone() for p in chosen]
+        energy = _mean_energy(examples)
+        for step in range(_resume(progress, chosen, average, adam), self.n_steps):
+            one = examples[_shuffled(len(examples), step, self.seed)]
+            warm = min(1.0, (step + 1) / 20)
+            fall = 0.5 * (1 + math.cos(math.pi * step / self.n_steps))
+            for group, rate in zip(adam.param_groups, rates, strict=True):
+                group["lr"] = rate * warm * fall
+            with torch.enable_grad():
+                loss = (
+                    one.weight * (call(student, *one.inputs) - one.target).square().mean() / energy
+                )
+                adam.zero_grad()
+                loss.backward()
+            if not bool(torch.isfinite(loss)):
+                break
+            adam.step()
+            decay = min(_DECAY, (step + 1) / (step + 10))
+            for kept, p in zip(average, chosen, strict=True):
+                kept.lerp_(p.detach(), 1 - decay)
+            progress.step(step + 1, self.n_steps, float(loss.detach()))
+            if (step + 1) % _SAVE_EVERY == 0:
+                progress.save(_state(step + 1, chosen, average, adam))
+        _assign(chosen, average)
+        after = velocity_error(student, call, held_out)
+        if not after < before:
+            _assign(chosen, started)
+            after = before
+        for p in chosen:
+            p.requires_grad_(False)
+        return before, after
+
+
+def _shuffled(n: int, step: int, seed: int) -> int:
+    """Which example a step uses: each once an epoch, in an order that depends on nothing else."""
+    order = torch.Generator().manual_seed(seed + step // n)
+    return int(torch.randperm(n, generator=order)[step % n])
+
+
+def _state(
+    step: int, chosen: Sequence[Tensor], average: Sequence[Tensor], adam: torch.optim.Adam
+) -> dict[str, Tensor]:
+    """Everything that the next step depends on."""
+    state = {"step": torch.tensor(step)}
+    for i, (p, kept) in enumerate(zip(chosen, average, strict=True)):
+        own = adam.state[p]
+        state |= {f"{i}.value": p.detach(), f"{i}.average": kept}
+        state |= {f"{i}.first": own["exp_avg"], f"{i}.second": own["exp_avg_sq"]}
+    return state
+
+
+@torch.no_grad()
+def _resume(
+    progress: Progress, chosen: Sequence[Tensor], average: Sequence[Tensor], adam: torch.optim.Adam
+) -> int:
+    """Puts back what an interrupted run saved; the step to go on with."""
+    state = progress.load()
+    if state is None:
+        return 0
+    for i, (p, kept) in enumerate(zip(chosen, average, strict=True)):
+        p.copy_(state[f"{i}.value"])
+        kept.copy_(state[f"{i}.average"])
+        adam.state[p] = {
+            "step": state["step"].float(),
+            "exp_avg": state[f"{i}.first"],
+            "exp_avg_sq": state[f"{i}.second"],
+        }
+    return int(state["step"])
+
+
+@torch.no_grad()
+def velocity_error(
+    student: nn.Module, call: Callable[..., Tensor], examples: Sequence[Example]
+) -> float:
+    """sum w ||v_student - v||^2 / sum w ||v||^2 over examples; inf without any."""
+    lost = sum(
+        e.weight * float((call(student, *e.inputs) - e.target).square().sum()) for e in examples
+    )
+    kept = sum(e.weight * float(e.target.square().sum()) for e in examples)
+    return lost / kept if kept else math.inf
+
+
+def _mean_energy(examples: Sequence[Example]) -> float:
+    return sum(e.weight * float(e.target.square().mean()) for e in examples) / len(examples)
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

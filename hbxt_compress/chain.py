@@ -1,0 +1,121 @@
+"""Chain: a model as head, blocks and tail, run piece by piece while somebody looks at layer inputs.
+
+Works on any module that keeps its blocks in one ModuleList, hands each block's only output to the
+next one as its first argument, and gives all blocks the same other arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Carry", "Chain", "layer_at", "watch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carry:
+    """What a block is given: the hidden state and the arguments that all blocks share."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class Chain:
+    """A module in pieces. call(module, *inputs) is a whole forward; blocks: path of the list."""
+
+    def __init__(self, module: nn.Module, blocks: str, call: Callable[..., Tensor]) -> None:
+        self.module = module
+        self._path, self.call = blocks, call
+        self.blocks = list(module.get_submodule(blocks).children())
+
+    def whole(self, *inputs: Tensor) -> Tensor:
+        """The module's output."""
+        return self.call(self.module, *inputs)
+
+    @torch.no_grad()
+    def head(self, *inputs: Tensor) -> Carry:
+        """What the first block is given."""
+        found: list[Carry] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(Carry(hidden=args[0], args=args[1:], kwargs=kwargs))
+            raise _Reached
+
+        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.call(self.module, *inputs)
+        except _Reached:
+            return found[0]
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{type(self.module).__name__} did not run its {self._path}")
+
+    @torch.no_grad()
+    def block(self, index: int, carry: Carry) -> Carry:
+        """What the next block is given, or the tail."""
+        return replace(carry, hidden=self.blocks[index](carry.hidden, *carry.args, **carry.kwargs))
+
+    @torch.no_grad()
+    def tail(self, carry: Carry, *inputs: Tensor) -> Tensor:
+        """The module's output, given what the last block returned."""
+        listed = self.module.get_submodule(self._path)
+        self.module.set_submodule(self._path, nn.ModuleList([_Given(carry.hidden)]))
+        try:
+            return self.call(self.module, *inputs)
+        finally:
+            self.module.set_submodule(self._path, listed)
+
+
+class _Reached(Exception):
+    """Ends a forward at the first block."""
+
+
+class _Seen(Exception):
+    """Ends a run of which the rest is not needed."""
+
+
+class _Given(nn.Module):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return self.hidden
+
+
+def layer_at(module: nn.Module, path: str) -> nn.Linear:
+    """The layer at a module path; a convolution passes for a linear, it has weight and bias too."""
+    return cast(nn.Linear, module.get_submodule(path))
+
+
+def watch(
+    modules: Mapping[str, nn.Module], run: Callable[[], object], *, stop: bool = True
+) -> dict[str, Tensor]:
+    """The first argument of each module while `run` runs, in the order of the calls.
+
+    stop: end the run once all of them were called. A module that was not called is not in it.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Sequence[Tensor]], None]:
+        def hook(_: nn.Module, inputs: Sequence[Tensor]) -> None:
+            seen[name] = inputs[0]
+            if stop and len(seen) == len(modules):
+                raise _Seen
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(note(name)).remove)
+        try:
+            run()
+        except _Seen:
+            pass
+    return seen

@@ -1,0 +1,111 @@
+"""Prepare: rewrites that leave the model's function as it is and make its weights easier to round.
+
+Free ones first: features between two layers are mixed, and both weights stored so. Then what a
+layer's input is multiplied with at run time. Each is kept where it helps on held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hbxt_compress.algorithms import INPUT_PREPARERS, PAIR_PREPARERS, AnyPreparer
+from hbxt_compress.algorithms.choose import IDENTITY, choose_mixing, choose_transform
+from hbxt_compress.algorithms.transform import Transform
+from hbxt_compress.chain import layer_at
+from hbxt_compress.formats import FORMATS
+from hbxt_compress.layers import Pair
+from hbxt_compress.plan import LayerPlan
+from hbxt_compress.stages.walk import Station
+from hbxt_compress.stats import LayerInputs
+
+__all__ = ["Kept", "input_transform", "mix"]
+
+
+class Kept:
+    """Weights of a module as they were, to be put back: a resumed run must see the same ones."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def replace(self, path: str, parameter: Tensor, value: Tensor) -> None:
+        """Gives a parameter another value until `restore`."""
+        self._kept.setdefault(path, (parameter, parameter.data))
+        parameter.data = value.to(parameter)
+
+    def restore(self) -> None:
+        """Every parameter as it was."""
+        for parameter, value in self._kept.values():
+            parameter.data = value
+
+
+def mix(
+    station: Station,
+    pairs: Sequence[Pair],
+    planned: Mapping[str, LayerPlan],
+    preparers: Sequence[AnyPreparer],
+    kept: Kept,
+) -> dict[str, str]:
+    """Mixes the features of a piece's pairs in both models; module -> what was chosen for it."""
+    makers: list[Any] = [p for p in preparers if isinstance(p, tuple(PAIR_PREPARERS.values()))]
+    chosen: dict[str, str] = {}
+    sides = station.sides
+    for pair in pairs:
+        if not makers or pair.first not in planned or pair.second not in planned:
+            continue
+        first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
+        seen = [
+            sides.inputs(station.piece, path, "covariance") for path in (pair.first, pair.second)
+        ]
+        candidates = [
+            candidate
+            for maker in makers
+            if pair.joint in maker.JOINTS
+            for candidate in maker.candidates(
+                first.weight.data, second.weight.data, seen[1], pair.n_heads
+            )
+        ]
+        name, mixing, _ = choose_mixing(
+            first.weight.data,
+            second.weight.data,
+            seen[0],
+            seen[1],
+            (FORMATS[planned[pair.first].weights], FORMATS[planned[pair.second].weights]),
+            candidates,
+        )
+        if name.startswith(IDENTITY):
+            continue
+        chosen[pair.first] = chosen[pair.second] = name
+        for side, chain in (("full", sides.full), ("half", sides.half)):
+            one = layer_at(chain.module, pair.first)
+            two = layer_at(chain.module, pair.second)
+            bias: Tensor | None = None if one.bias is None else one.bias.data
+            weight, bias = mixing.first(one.weight.data, bias)
+            kept.replace(f"{side}.{pair.first}.weight", one.weight, weight)
+            if bias is not None:
+                kept.replace(f"{side}.{pair.first}.bias", one.bias, bias)
+            kept.replace(f"{side}.{pair.second}.weight", two.weight, mixing.second(two.weight.data))
+    return chosen
+
+
+def input_transform(
+    station: Station,
+    group: Sequence[str],
+    planned: Mapping[str, LayerPlan],
+    inputs: LayerInputs,
+    preparers: Sequence[AnyPreparer],
+) -> tuple[str, Transform]:
+    """Name and transform for the layers of one input; the identity where none gains enough."""
+    makers: list[Any] = [p for p in preparers if isinstance(p, tuple(INPUT_PREPARERS.values()))]
+    if not makers or inputs.fit.products_yy_II is None:
+        return IDENTITY, Transform()
+    weights = [
+        layer_at(station.sides.full.module, module).weight.detach().flatten(1).float()
+        for module in group
+    ]
+    candidates = [one for maker in makers for one in maker.candidates(weights, inputs)]
+    fmts = [FORMATS[planned[module].weights] for module in group]
+    name, transform, _ = choose_transform(weights, inputs, fmts, candidates)
+    return name, transform

@@ -1,0 +1,129 @@
+"""Refine: tune a quantized model against the original, codes frozen.
+
+Writes what `quantize` writes, one file a component, so that export takes either. A killed run goes
+on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hbxt_compress.algorithms import AnyRefiner
+from hbxt_compress.algorithms.recover import Example
+from hbxt_compress.chain import Chain
+from hbxt_compress.layers import LayerName
+from hbxt_compress.machine import Machine
+from hbxt_compress.models import family_of
+from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
+from hbxt_compress.source import Source
+from hbxt_compress.stages.batches import text_batches, transformer_batches
+from hbxt_compress.stages.side_by_side import Batch
+from hbxt_compress.stages.student import free_parameters, make_student, tuned
+from hbxt_compress.store import Entry, Work
+from hbxt_compress.trajectories import load_trajectories
+
+__all__ = ["FACTS", "VERSION", "refine"]
+
+VERSION = 1
+FACTS = ("torch", "diffusers", "transformers")
+log = logging.getLogger(__name__)
+
+
+def refine(
+    work: Work,
+    source: Source,
+    quantized: Entry,
+    trajectories: Entry,
+    n_held_out: int,
+    how: Sequence[AnyRefiner],
+    on: Machine,
+) -> None:
+    """Writes `<component>.safetensors`, and `<component>.json` with held-out errors."""
+    model = QuantizedModel.load(quantized.folder)
+    family, device = family_of(source), torch.device(on.device)
+    observed = load_trajectories(trajectories.folder)
+    texts: dict[int, tuple[Tensor, Tensor]] = {}
+    for component in family.components(source):
+        own = {n: w for n, w in model.weights.items() if n.startswith(f"{component}/")}
+        if component not in family.chained:
+            _pass_on(work, component, own)
+            continue
+        module = family.load(source, component).to(device)
+        student = make_student(module, component, own).to(device)
+        full, half = (family.chain(source, component, one) for one in (module, student))
+        if component == "text_encoder":
+            for i, batch in text_batches(observed, n_held_out):
+                with torch.no_grad():
+                    texts[i] = full.whole(*batch.full), half.whole(*batch.half)
+            _pass_on(work, component, own)
+            continue
+        batches = transformer_batches(
+            observed, texts, n_held_out, family.sampler(source), second=component == "transformer_2"
+        )
+
+        make = partial(_refined, work, component, full, half, batches, how)
+        work.piece(f"{component}.safetensors", make)
+    log.info("refine: done", extra={"progress": (1, 1, "refine")})
+
+
+def _pass_on(work: Work, component: str, weights: Mapping[LayerName, QuantizedWeight]) -> None:
+    """Keeps a component's weights as they are."""
+    if weights:
+        work.piece(f"{component}.safetensors", lambda path: save_block(path, weights))
+
+
+def _refined(
+    work: Work,
+    component: str,
+    full: Chain,
+    half: Chain,
+    batches: Sequence[Batch],
+    how: Sequence[AnyRefiner],
+    path: Path,
+) -> None:
+    """Writes one component, tuned by every refiner in turn."""
+    sides: dict[bool, list[Example]] = {True: [], False: []}
+    for batch in batches:
+        with torch.no_grad():
+            target = full.whole(*batch.full)
+        example = Example(inputs=batch.half, target=target, weight=batch.weight)
+        sides[batch.held_out].append(example)
+    for i, refiner in enumerate(how):
+        checkpoint = _Checkpoints(work.folder / f"{component}.{i}.checkpoint")
+        before, after = refiner.tune(
+            half.module,
+            half.call,
+            free_parameters(half.module),
+            sides[False],
+            sides[True],
+            checkpoint,
+        )
+        log.info("refine: %s: velocity error %.4g, was %.4g", component, after, before)
+    save_block(path, *tuned(half.module, component))
+    for leftover in work.folder.glob(f"{component}.*.checkpoint"):
+        leftover.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoints:
+    path: Path
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        log.info("refine: loss %.3g", loss, extra={"progress": (done, total, "refine")})
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        unfinished = self.path.with_suffix(".tmp")
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, unfinished)
+        os.replace(unfinished, self.path)
+
+    def load(self) -> Mapping[str, Tensor] | None:
+        return load_file(self.path) if self.path.exists() else None

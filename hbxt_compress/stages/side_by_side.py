@@ -1,0 +1,136 @@
+"""The full-precision and the half quantized model side by side, piece by piece, on the same states.
+
+A component is cut into head, blocks and tail. Before a piece is rounded, its layers' inputs are
+gathered from both models; afterwards both hand their states on. Only the states of one piece
+boundary are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hbxt_compress.chain import Carry, Chain, watch
+from hbxt_compress.errors import CalibrationError
+from hbxt_compress.stats import LayerInputs, LayerStats, Need
+
+__all__ = ["HEAD", "TAIL", "Batch", "SideBySide"]
+
+HEAD, TAIL = "head", "tail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Inputs of a whole forward of either model, all of equal weight.
+
+    rows_BS: which rows of the hidden states count, or None for all.
+    """
+
+    full: tuple[Tensor, ...]
+    half: tuple[Tensor, ...]
+    weight: float
+    held_out: bool
+    rows_BS: Tensor | None = None
+
+
+class SideBySide:
+    """Two chains of one shape and what they have computed so far for every batch."""
+
+    def __init__(self, full: Chain, half: Chain, batches: Sequence[Batch]) -> None:
+        self.full, self.half, self.batches = full, half, batches
+        self._carries: list[tuple[Carry, Carry]] = []
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def pieces(self) -> list[str]:
+        """head, 000, 001, ..., tail: in the order in which they must be walked."""
+        return [HEAD, *(f"{k:03d}" for k in range(len(self.full.blocks))), TAIL]
+
+    def groups(self, piece: str, modules: Sequence[str]) -> list[list[str]]:
+        """The modules that a piece calls, in order of their calls, those of one input together."""
+        named = {name: self.full.module.get_submodule(name) for name in modules}
+        seen = watch(named, lambda: self._run(self.full, piece, 0), stop=False)
+        groups: list[tuple[Tensor, list[str]]] = []
+        for name, x in seen.items():
+            for known, members in groups:
+                if known is x:
+                    members.append(name)
+                    break
+            else:
+                groups.append((x, [name]))
+        return [members for _, members in groups]
+
+    def inputs(self, piece: str, module: str, need: Need) -> LayerInputs:
+        """What one module is given at every batch, in both models.
+
+        Raises:
+            CalibrationError: an input is not finite.
+        """
+        layer = self.full.module.get_submodule(module)
+        sides: dict[bool, LayerStats] = {}
+        for batch, x, y in self._observed(piece, module):
+            if batch.held_out not in sides:
+                sides[batch.held_out] = LayerStats.empty(x.shape[-1], need)
+            try:
+                sides[batch.held_out].add(x, y, batch.weight)
+            except ValueError as error:
+                raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
+        if False not in sides:
+            raise CalibrationError(f"{module}: no calibration rows; give more prompts")
+        return LayerInputs(
+            fit=sides[False],
+            held_out=sides.get(True),
+            takes_bias=getattr(layer, "bias", None) is not None,
+        )
+
+    def _observed(self, piece: str, module: str) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        for i, batch in enumerate(self.batches):
+            x, y = (
+                watch(
+                    {module: chain.module.get_submodule(module)},
+                    self._runner(chain, piece, i),
+                )[module]
+                for chain in (self.full, self.half)
+            )
+            rows = batch.rows_BS
+            if rows is not None and rows.shape == x.shape[:-1]:
+                x, y = x[rows], y[rows]
+            yield batch, x, y
+
+    def advance(self, piece: str) -> None:
+        """Hands the states of both models on to the next piece."""
+        results = [
+            (self._run(self.full, piece, i), self._run(self.half, piece, i))
+            for i in range(len(self.batches))
+        ]
+        if piece == TAIL:
+            self.outputs = results
+        else:
+            self._carries = results
+
+    @torch.no_grad()
+    def output(self, piece: str, index: int) -> Tensor:
+        """What the full-precision model, as it is now, makes of one batch from a piece on."""
+        batch = self.batches[index]
+        if piece == HEAD:
+            return self.full.whole(*batch.full)
+        carry = self._carries[index][0]
+        first = len(self.full.blocks) if piece == TAIL else int(piece)
+        for k in range(first, len(self.full.blocks)):
+            carry = self.full.block(k, carry)
+        return self.full.tail(carry, *batch.full)
+
+    def _runner(self, chain: Chain, piece: str, index: int) -> Callable[[], object]:
+        return lambda: self._run(chain, piece, index)
+
+    def _run(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
+        """A piece of one model on one batch: a Carry, or the output from the tail."""
+        batch = self.batches[index]
+        inputs = batch.full if chain is self.full else batch.half
+        if piece == HEAD:
+            return chain.head(*inputs)
+        carry = self._carries[index][0 if chain is self.full else 1]
+        return chain.tail(carry, *inputs) if piece == TAIL else chain.block(int(piece), carry)

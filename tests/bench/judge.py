@@ -1,0 +1,133 @@
+"""How far a set of weights is from full precision: velocities on held-out states, and whole clips.
+
+Every tool is judged by the same code, from nothing but its effective weights: they are put into the
+torch module for the velocities, and into a copy of the model folder that the project exports as it
+stands (recipe fp32) for the clips.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from calibration_inputs import velocity
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hbxt_compress.artifact import Artifact
+from hbxt_compress.clips import ClipSet
+from hbxt_compress.machine import Machine
+from hbxt_compress.metrics import METRICS, PairMetric, SetMetric, WeightFiles
+from hbxt_compress.models import family_of
+from hbxt_compress.pipeline import compress
+from hbxt_compress.recipe import load_recipe
+from hbxt_compress.source import BUILTIN, locate
+from hbxt_compress.stages.sample import sample
+from hbxt_compress.store import Store
+from hbxt_compress.suite import load_suite
+
+__all__ = ["ClipJudge", "VelocityJudge", "linears"]
+
+_CLIP_METRICS = {"psnr_db": "psnr", "lpips": "lpips_squeeze", "frechet": "fd_content"}
+
+
+def linears(model: str = BUILTIN) -> dict[str, Tensor]:
+    """The weights that are compared, float32 (out, in) by name: every Linear of the blocks."""
+    source = locate(model, hashed=False)
+    transformer = family_of(source).load(source, "transformer")
+    return {
+        name: module.weight
+        for name, module in transformer.named_modules()
+        if name.startswith("blocks.") and isinstance(module, nn.Linear)
+    }
+
+
+class VelocityJudge:
+    """Velocity SQNR on the held-out states."""
+
+    def __init__(self, held_out: Path, model: str = BUILTIN) -> None:
+        source = locate(model, hashed=False)
+        self.transformer = family_of(source).load(source, "transformer")
+        found = load_file(held_out)
+        self.calls = found["latents"], found["timestep"], found["text"]
+        self.v, self.guidance = found["v"], float(found["guidance"])
+
+    def judge(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Over both guidance branches, and of the velocity that guidance combines them to."""
+        before = {}
+        for name, weight in weights.items():
+            layer = self.transformer.get_submodule(name)
+            before[name], layer.weight.data = layer.weight.data, weight
+        try:
+            v = velocity(self.transformer, *self.calls)
+        finally:
+            for name, weight in before.items():
+                self.transformer.get_submodule(name).weight.data = weight
+        return {
+            "velocity_sqnr_db": sqnr_db(self.v, v),
+            "guided_velocity_sqnr_db": sqnr_db(self._guided(self.v), self._guided(v)),
+        }
+
+    def _guided(self, v: Tensor) -> Tensor:
+        cond, uncond = v[0::2], v[1::2]
+        return uncond + self.guidance * (cond - uncond)
+
+
+def sqnr_db(wanted: Tensor, got: Tensor) -> float:
+    """10 log10 of the energy of `wanted` over that of the difference, summed in float64."""
+    error = (got.double() - wanted.double()).square().sum()
+    return float(10 * torch.log10(wanted.double().square().sum() / error))
+
+
+class ClipJudge:
+    """Clips of the standard suite against those of the full-precision model."""
+
+    def __init__(self, folder: Path, machine: Machine, model: str = BUILTIN) -> None:
+        self.store, self.machine = Store(folder / "store"), machine
+        self.copies, self.model = folder / "models", model
+        self.suite = load_suite("standard")
+        loaded = {key: METRICS[name].load(WeightFiles.from_environment()) for key, name in
+                  _CLIP_METRICS.items()}
+        self.metrics: dict[str, PairMetric | SetMetric] = loaded  # type: ignore[assignment]
+        self.reference = self._clips(self.model)
+
+    def artifact(self, model: str = BUILTIN) -> Path:
+        """The fp32 artifact of a model; found in the store if it was made before."""
+        return compress(load_recipe("fp32"), model, self.store, machine=self.machine)
+
+    def judge(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean PSNR and LPIPS over the clips, and the Frechet distance between both sets."""
+        clips = self._clips(str(self._copy(name, weights)))
+        values = {}
+        for key, metric in self.metrics.items():
+            if isinstance(metric, PairMetric):
+                pairs = zip(self.reference.clips, clips.clips, strict=True)
+                values[key] = float(np.mean([metric.compare(*pair) for pair in pairs]))
+            else:
+                values[key] = metric.measure(self.reference.clips, clips.clips)
+        return values
+
+    def _clips(self, model: str) -> ClipSet:
+        entry = self.store.result(
+            sample,
+            artifact=Artifact.open(self.artifact(model)),
+            items=self.suite.items(),
+            n_steps=self.suite.n_steps,
+            on=self.machine,
+        )
+        return ClipSet.load(entry.folder)
+
+    def _copy(self, name: str, weights: Mapping[str, Tensor]) -> Path:
+        """The model's folder with these weights in the transformer, all of it in float32."""
+        source, copy = locate(self.model, hashed=False).folder, self.copies / name
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+        path = next((copy / "transformer").glob("*.safetensors"))
+        state = {key: one.float() for key, one in load_file(path).items()}
+        for layer, weight in weights.items():
+            state[f"{layer}.weight"] = weight.contiguous()
+        save_file(state, path)
+        return copy
