@@ -137,7 +137,7 @@ class Manifest:
                 f"the manifest has schema {schema}, this hbxt_compress reads up to {SCHEMA}: it "
                 "was written by a newer hbxt_compress; upgrade (pip install -U hbxt_compress)"
             )
-        if isinstance(schema, int) and 1 <= schema < SCHEMA:
+        if isinstance(schema, int) and schema is not True and 1 <= schema < SCHEMA:
             raise ArtifactError(
                 f"the manifest has schema {schema}, this hbxt_compress reads {SCHEMA}: make the "
                 "artifact again with `hbxt quantize`"

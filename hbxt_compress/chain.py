@@ -7,7 +7,7 @@ next one as its first argument, and gives all blocks the same other arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -114,8 +114,6 @@ def watch(
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(note(name)).remove)
-        try:
+        with suppress(_Seen):
             run()
-        except _Seen:
-            pass
     return seen

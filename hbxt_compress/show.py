@@ -83,7 +83,7 @@ def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = 
     def fate(layer: LayerPlan) -> tuple[str, int, str, str]:
         if every_layer:
             return layer.spec.name, layer.rule, layer.stored, layer.reason
-        told = layer.reason if recipe.budget is None else ""
+        told = "" if layer.reason.startswith("budget:") else layer.reason
         return layer.spec.component, layer.rule, layer.stored, told
 
     ordered = sorted(found.layers, key=fate)

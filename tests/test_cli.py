@@ -13,8 +13,10 @@ import pytest
 
 from hbxt_compress import cli, library, pipeline
 from hbxt_compress.artifact import Artifact
+from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.report import SCHEMA, Measurement, QualityReport, Verdict
+from hbxt_compress.store import Store
 from tests.fake_artifact import make_artifact
 
 
@@ -131,8 +133,12 @@ def test_plan_tells_every_fate_and_the_sizes(hbxt: Run, micro_wan: Path) -> None
 
 
 @pytest.mark.parametrize("name", library.names("recipes"))
-def test_every_recipe_plans_on_a_small_wan(name: str, micro_wan: Path) -> None:
-    plan = pipeline.plan(load_recipe(name), str(micro_wan))
+def test_every_recipe_plans_on_a_small_wan(
+    name: str, micro_wan: Path, tmp_path: Path
+) -> None:
+    plan = pipeline.plan(
+        load_recipe(name), str(micro_wan), Store(tmp_path), machine=Machine()
+    )
     assert {layer.spec.component for layer in plan.layers} == {
         "transformer",
         "text_encoder",
@@ -160,7 +166,7 @@ def test_an_interrupt_and_a_full_disk_are_one_line(
     hbxt: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_with(error: BaseException) -> None:
-        def plan(*_: object) -> None:
+        def plan(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(pipeline, "plan", plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ SUITES = library.names("eval/suites")
 
 
 def test_the_library_has_what_the_product_promises() -> None:
-    assert {"fp32", "fp16", "w8a16", "w4a16", "tiny"} <= set(RECIPES)
+    assert {"fp32", "fp16", "w8a16", "w8a8", "w4a16", "w4a16-fast", "w4a16-budget", "tiny"} <= set(RECIPES)
     assert {"standard", "tiny"} <= set(SETS)
     assert {"standard", "tiny"} <= set(SUITES)
 
@@ -91,4 +92,10 @@ def test_every_file_has_one_row_in_the_readme(shelf: Shelf, readme: str, checkou
 
 
 def _captions(split: Split, count: int) -> tuple[str, ...]:
-    return tuple(caption(scene(split, index)) for index in range(count))
+    """The first captions of a split, each once."""
+    found: dict[str, None] = {}
+    for index in itertools.count():
+        if len(found) == count:
+            return tuple(found)
+        found[caption(scene(split, index))] = None
+    raise AssertionError

@@ -28,8 +28,12 @@ def measure(
     shift_O: Tensor | None,
     inputs: LayerInputs | None,
     bits_per_weight: float,
+    target_OI: Tensor | None = None,
 ) -> Loss:
     """The loss of rounding weight_OI to decoded_OI with shift_O added to the bias.
+
+    target_OI: what was really rounded, a weight corrected for upstream errors; the distance to the
+    limit is its, for a correction is no rounding error.
 
     Relative to W E[y y^T] W^T. With covariances the error is (W - Q) Cov(y) (W - Q)^T plus the
     square of its mean, which is W E[x] - Q E[y] - shift, or (W - Q) E[y] where there is no shift.
@@ -63,7 +67,8 @@ def measure(
     pivots_I, variance_I = problem.factor.pivots_I[alive_I], problem.variance_I[alive_I]
     log_geomean = float(pivots_I.log().mean())
     mean_pivot = float(pivots_I.mean())
-    loss = float((lost_OI @ moments.hessian_II * lost_OI).sum())
+    rounded_OI = lost_OI if target_OI is None else target_OI.double() - decoded_OI
+    loss = float((rounded_OI @ moments.hessian_II * rounded_OI).sum())
     spread = float(weight_OI[:, alive_I].square().mean())
     n_weights = weight_OI.shape[0] * int(alive_I.sum())
     geomean_db = log_geomean * _db(math.e)

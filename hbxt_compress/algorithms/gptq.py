@@ -106,7 +106,8 @@ class Gptq(Settings):
                 alternations = self._alternations(weight_OI, target_OI, problem, judge, fmt)
         moments = Moments.of(inputs.everything(), centred=inputs.takes_bias)
         problem = moments.problem(damping, self.order)
-        attempts = self._attempts(problem.target(weight_OI, share), problem, fmt, self.polish)
+        target_OI = problem.target(weight_OI, share)
+        attempts = self._attempts(target_OI, problem, fmt, self.polish)
         best = next(attempts)
         for _ in range(alternations):
             best = next(attempts)
@@ -123,7 +124,7 @@ class Gptq(Settings):
         }
         if fmt.rank:
             notes["alternations"] = alternations
-        return Rounded(payload=payload, shift_O=shift_O, notes=notes)
+        return Rounded(payload=payload, shift_O=shift_O, target_OI=target_OI, notes=notes)
 
     def _choose(
         self, weight_OI: Tensor, fit: Moments, judge: Judge, fmt: WeightFormat

@@ -1,7 +1,7 @@
 """Recovery: tune what is not a code until the quantized model's velocity is the original's again.
 
-The student sees states of the full-precision trajectory and is pulled to the velocity that the full-
-precision model has there, E w ||v_student - v||^2 / E ||v||^2, by Adam with a cosine schedule.
+The student sees states of the full-precision trajectory and is pulled to the velocity that the
+original has there, E w ||v_student - v||^2 / E ||v||^2, by Adam with a cosine schedule.
 Trainable are one factor a scale group, low-rank factors, biases, norms and modulation tables;
 codes stay (the idea of EfficientQAT's end-to-end phase, Chen et al. 2024, arXiv 2407.11062).
 An average of the late weights is kept only if it is better on prompts that nobody tuned on.
@@ -66,7 +66,7 @@ class Recover(Settings):
         held_out: Sequence[Example],
         progress: Progress,
     ) -> tuple[float, float]:
-        """Tunes the parameters in place; relative velocity errors on held-out states, before, after.
+        """Relative velocity errors on held-out states before and after tuning, in place.
 
         call(student, *inputs) gives a velocity. If tuning did not help, everything is as it was.
         """

@@ -15,9 +15,11 @@ class Rounded:
     """A weight in a format.
 
     payload: what the format's `decode` and `emit` take. shift_O: float32, to be added to the
-    layer's bias, or None. notes: what the algorithm chose or met, for plan and report.
+    layer's bias, or None. target_OI: what was rounded, if that was not the weight itself. notes:
+    what the algorithm chose or met, for plan and report.
     """
 
     payload: Mapping[str, Tensor]
     shift_O: Tensor | None = None
+    target_OI: Tensor | None = None
     notes: Mapping[str, float | str] = field(default_factory=dict)

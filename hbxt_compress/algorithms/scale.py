@@ -30,9 +30,9 @@ class Scale(Settings):
 
     VERSION: ClassVar[int] = 1
 
-    alphas: tuple[_Exponent, ...] = (0.0, 0.1, 0.2, 0.3, 0.45, 0.65)
+    alphas: tuple[_Exponent, ...] = (0.0, 0.1, 0.2, 0.3, 0.45)
     """Exponents of the input's size that are tried."""
-    betas: tuple[_Exponent, ...] = (0.0, 0.2, 0.5)
+    betas: tuple[_Exponent, ...] = (0.0, 0.2, 0.5, 0.75)
     """Exponents of the weight's size that are tried, with every alpha."""
 
     @property

@@ -5,6 +5,7 @@ It looks at what is on disk, so it also serves artifacts that others wrote.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,15 +133,30 @@ def _four_bits(node: ir.Node) -> Iterator[str]:
     level = node.attributes.get("accuracy_level")
     if bits != 4:
         yield f"MatMulNBits of {bits} bits, expected 4"
-    if len(node.inputs) != 3:
-        yield f"MatMulNBits with {len(node.inputs)} inputs, expected 3"
+    if len(node.inputs) not in (3, 4):
+        yield f"MatMulNBits with {len(node.inputs)} inputs, expected 3 or 4"
     if level is not None and level.as_int():
         yield f"MatMulNBits with accuracy_level {level.as_int()}, expected none"
     if block < _LEAST_BLOCK or block & (block - 1) or k % block:
         yield f"MatMulNBits block_size {block} with K {k}"
-    elif (shape := present(node.inputs[1]).shape) is None or list(shape) != [
-        n,
-        k // block,
-        block // 2,
-    ]:
-        yield f"MatMulNBits weight of shape {shape}, expected {[n, k // block, block // 2]}"
+        return
+    codes = present(node.inputs[1])
+    if (expected := [n, k // block, block // 2]) != _shape(codes):
+        yield f"MatMulNBits weight of shape {_shape(codes)}, expected {expected}"
+    if len(node.inputs) == 4:
+        yield from _zero_points(node.inputs[3], n * math.ceil(k // block / 2))
+
+
+def _zero_points(zeros: ir.Value | None, n_bytes: int) -> Iterator[str]:
+    """Two a byte along one axis: a second axis or another type is misread by some targets."""
+    if zeros is None:
+        yield "MatMulNBits with an empty fourth input, expected zero points or three inputs"
+        return
+    if zeros.dtype != ir.DataType.UINT8 or zeros.const_value is None:
+        yield f"MatMulNBits zero points of dtype {zeros.dtype}, expected a constant UINT8"
+    if _shape(zeros) != [n_bytes]:
+        yield f"MatMulNBits zero points of shape {_shape(zeros)}, expected {[n_bytes]}"
+
+
+def _shape(value: ir.Value) -> list[int | ir.SymbolicDim] | None:
+    return None if value.shape is None else list(value.shape)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from hbxt_compress.artifact import Geometry
 from hbxt_compress.chain import Chain
@@ -63,6 +63,9 @@ class Family(Protocol):
 
     def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
         """A loaded component in pieces: head, blocks, tail."""
+
+    def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
+        """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
 
     def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
         """The pairs of linears in a block between which features may be mixed."""

@@ -144,6 +144,11 @@ class Wan:
         call = _encode if component == "text_encoder" else _velocity
         return Chain(module, _BLOCK_PREFIX[component].removesuffix("."), call)
 
+    def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
+        """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
+        mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in self.latent_statistics(source))
+        return module.decode(latents_BCTHW * std + mean, return_dict=False)[0]  # type: ignore[operator]
+
     def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
         """Value and output projections of attentions, head by head; the halves of plain MLPs."""
         if component == "text_encoder":  # its MLP is gated: three weights share the features

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hbxt_compress.algorithms.choose import estimated_errors, output_error
 from hbxt_compress.algorithms.scales import search_scales
@@ -21,6 +22,7 @@ from hbxt_compress.chain import layer_at
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine
+from hbxt_compress.models import family_of
 from hbxt_compress.plan import FULL_PRECISION, Choice
 from hbxt_compress.source import Source
 from hbxt_compress.stages.side_by_side import SideBySide
@@ -39,6 +41,8 @@ _N_HELD_OUT = 3  # of them
 _N_BATCHES = 4  # through which an error is followed to the velocity
 _FOLLOWED = "int4-g64"  # the format whose error is followed
 _NUDGE = 0.1  # relative size of the error that measures how much the text matters
+_DECODER = "vae_decoder"
+_N_DECODED, _FRAMES_DECODED = 2, 2  # prompts, latent frames: a decoder is slow, and linear enough
 _RESULT = "damages.json"
 
 
@@ -84,7 +88,41 @@ def _probe(
             for module in group:
                 name = LayerName(f"{station.component}/{module}")
                 damages[name] = _damages(waiting.pop(name), inputs, station, followed)
+    blind = [choice for name, choice in waiting.items() if choice.spec.component == _DECODER]
+    if blind:
+        damages |= _decoder_damages(source, blind, [one.latents_KCTHW[-1] for one in some])
     log.info("probe: done", extra={"progress": (1, 1, "probe")})
+    return damages
+
+
+@torch.no_grad()
+def _decoder_damages(
+    source: Source, choices: Sequence[Choice], latents: Sequence[Tensor]
+) -> dict[str, dict[str, float]]:
+    """By layer and format, what rounding it alone costs the pixels, relative to their variance.
+
+    Counted one to one with errors of the velocity, which reach the pixels about as large.
+    """
+    family = family_of(source)
+    module = family.load(source, _DECODER)
+    shown = torch.stack(list(latents[:_N_DECODED]))[:, :, :_FRAMES_DECODED]
+    expected = family.decode(source, module, shown)
+    energy = float(expected.var())
+    damages: dict[str, dict[str, float]] = {}
+    for i, choice in enumerate(choices):
+        log.info("probe: %s", choice.spec.name, extra={"progress": (i, len(choices), "probe")})
+        layer = layer_at(module, choice.spec.module)
+        original, row = layer.weight.data, dict[str, float]()
+        for name in choice.formats:
+            row[name] = 0.0
+            if name not in FULL_PRECISION:
+                weight_OI = original.flatten(1)
+                grid = search_scales(weight_OI, FORMATS[name])
+                layer.weight.data = grid.value(grid.levels(weight_OI)).reshape(original.shape)
+                got = family.decode(source, module, shown)
+                row[name] = float((got - expected).square().mean()) / energy
+                layer.weight.data = original
+        damages[choice.spec.name] = row
     return damages
 
 

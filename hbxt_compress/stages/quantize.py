@@ -191,7 +191,7 @@ def _round(
         format=fmt.name,
         payload={**rounded.payload, **transform.payload(), **_activation(member, seen)},
         shape=member.spec.shape,
-        loss=measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits),
+        loss=measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits, rounded.target_OI),
         bias_O=None if bias_O is None else bias_O.detach().float().clone(),
         notes={**rounded.notes, **notes},
     )

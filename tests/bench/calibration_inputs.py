@@ -29,19 +29,21 @@ from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.source import BUILTIN, locate
 from hbxt_compress.suite import load_suite
 
-__all__ = ["make_inputs", "velocity"]
+__all__ = ["CALIBRATION", "HELD_OUT", "make_inputs", "velocity"]
 
+CALIBRATION, HELD_OUT = "calibration.safetensors", "held_out.safetensors"
 N_HELD_OUT, N_TIMESTEPS, BATCH = 16, 8, 32
 
 
 def make_inputs(out: Path, model: str = BUILTIN) -> None:
-    """Writes both files into `out` unless they are there."""
-    wanted = [out / "calibration.safetensors", out / "held_out.safetensors"]
-    if all(path.exists() for path in wanted):
+    """Writes both files into `out`, unless those there are of the same prompts and steps."""
+    prompts, suite = load_prompts("standard"), load_suite("standard")
+    wanted, stamp = [out / CALIBRATION, out / HELD_OUT], out / "made_from.txt"
+    made_from = f"{model} {prompts.digest} {suite.digest}"
+    if stamp.exists() and stamp.read_text() == made_from:
         return
     out.mkdir(parents=True, exist_ok=True)
     trajectories = _Trajectories.open(model)
-    prompts, suite = load_prompts("standard"), load_suite("standard")
     calibration = trajectories.run(prompts.items(), prompts.n_steps, prompts.observe)
     calibration.pop("v")
     n_steps = suite.n_steps or 25
@@ -49,6 +51,7 @@ def make_inputs(out: Path, model: str = BUILTIN) -> None:
     held_out = trajectories.run(suite.items()[:N_HELD_OUT], n_steps, steps)
     save_file(calibration, wanted[0])
     save_file(held_out, wanted[1])
+    stamp.write_text(made_from)
 
 
 @torch.no_grad()

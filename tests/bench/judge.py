@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import ClipSet
 from hbxt_compress.machine import Machine
-from hbxt_compress.metrics import METRICS, PairMetric, SetMetric, WeightFiles
+from hbxt_compress.metrics import METRICS, PairMetric, SetMetric, Unavailable, WeightFiles
 from hbxt_compress.models import family_of
 from hbxt_compress.pipeline import compress
 from hbxt_compress.recipe import load_recipe
@@ -29,7 +29,7 @@ from hbxt_compress.stages.sample import sample
 from hbxt_compress.store import Store
 from hbxt_compress.suite import load_suite
 
-__all__ = ["ClipJudge", "VelocityJudge", "linears"]
+__all__ = ["ClipJudge", "VelocityJudge", "artifact", "linears"]
 
 _CLIP_METRICS = {"psnr_db": "psnr", "lpips": "lpips_squeeze", "frechet": "fd_content"}
 
@@ -45,6 +45,11 @@ def linears(model: str = BUILTIN) -> dict[str, Tensor]:
     }
 
 
+def artifact(store: Path, model: str, machine: Machine) -> Path:
+    """The fp32 artifact of a model folder; found in the store if it was made before."""
+    return compress(load_recipe("fp32"), model, Store(store), machine=machine)
+
+
 class VelocityJudge:
     """Velocity SQNR on the held-out states."""
 
@@ -56,19 +61,22 @@ class VelocityJudge:
         self.v, self.guidance = found["v"], float(found["guidance"])
 
     def judge(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Over both guidance branches, and of the velocity that guidance combines them to."""
+        """The SQNR of the torch module with these weights."""
         before = {}
         for name, weight in weights.items():
             layer = self.transformer.get_submodule(name)
             before[name], layer.weight.data = layer.weight.data, weight
         try:
-            v = velocity(self.transformer, *self.calls)
+            return self.compare(velocity(self.transformer, *self.calls))
         finally:
             for name, weight in before.items():
                 self.transformer.get_submodule(name).weight.data = weight
+
+    def compare(self, v: Tensor) -> dict[str, float]:
+        """The SQNR over both guidance branches, and of the velocity they are combined to."""
         return {
-            "velocity_sqnr_db": sqnr_db(self.v, v),
-            "guided_velocity_sqnr_db": sqnr_db(self._guided(self.v), self._guided(v)),
+            "velocity_sqnr_db": _sqnr_db(self.v, v),
+            "guided_velocity_sqnr_db": _sqnr_db(self._guided(self.v), self._guided(v)),
         }
 
     def _guided(self, v: Tensor) -> Tensor:
@@ -76,7 +84,7 @@ class VelocityJudge:
         return uncond + self.guidance * (cond - uncond)
 
 
-def sqnr_db(wanted: Tensor, got: Tensor) -> float:
+def _sqnr_db(wanted: Tensor, got: Tensor) -> float:
     """10 log10 of the energy of `wanted` over that of the difference, summed in float64."""
     error = (got.double() - wanted.double()).square().sum()
     return float(10 * torch.log10(wanted.double().square().sum() / error))
@@ -86,43 +94,48 @@ class ClipJudge:
     """Clips of the standard suite against those of the full-precision model."""
 
     def __init__(self, folder: Path, machine: Machine, model: str = BUILTIN) -> None:
-        self.store, self.machine = Store(folder / "store"), machine
-        self.copies, self.model = folder / "models", model
+        self.folder, self.store, self.machine = folder, Store(folder / "store"), machine
+        self.model = model
         self.suite = load_suite("standard")
-        loaded = {key: METRICS[name].load(WeightFiles.from_environment()) for key, name in
-                  _CLIP_METRICS.items()}
-        self.metrics: dict[str, PairMetric | SetMetric] = loaded  # type: ignore[assignment]
-        self.reference = self._clips(self.model)
+        self.metrics: dict[str, PairMetric | SetMetric | None] = {}
+        for key, name in _CLIP_METRICS.items():
+            try:
+                self.metrics[key] = METRICS[name].load(WeightFiles.from_environment())
+            except Unavailable:  # no network for LPIPS here: the column stays empty
+                self.metrics[key] = None
+        self.reference = self._clips(artifact(folder / "store", model, machine))
 
-    def artifact(self, model: str = BUILTIN) -> Path:
-        """The fp32 artifact of a model; found in the store if it was made before."""
-        return compress(load_recipe("fp32"), model, self.store, machine=self.machine)
+    def judge_weights(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """As `judge`, for the model with these weights."""
+        return self.judge(artifact(self.folder / "store", self._copy(name, weights), self.machine))
 
-    def judge(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def judge(self, artifact: Path) -> dict[str, float | None]:
         """Mean PSNR and LPIPS over the clips, and the Frechet distance between both sets."""
-        clips = self._clips(str(self._copy(name, weights)))
-        values = {}
+        clips = self._clips(artifact)
+        values: dict[str, float | None] = {}
         for key, metric in self.metrics.items():
-            if isinstance(metric, PairMetric):
+            if metric is None:
+                values[key] = None
+            elif isinstance(metric, PairMetric):
                 pairs = zip(self.reference.clips, clips.clips, strict=True)
                 values[key] = float(np.mean([metric.compare(*pair) for pair in pairs]))
             else:
                 values[key] = metric.measure(self.reference.clips, clips.clips)
         return values
 
-    def _clips(self, model: str) -> ClipSet:
+    def _clips(self, artifact: Path) -> ClipSet:
         entry = self.store.result(
             sample,
-            artifact=Artifact.open(self.artifact(model)),
+            artifact=Artifact.open(artifact),
             items=self.suite.items(),
             n_steps=self.suite.n_steps,
             on=self.machine,
         )
         return ClipSet.load(entry.folder)
 
-    def _copy(self, name: str, weights: Mapping[str, Tensor]) -> Path:
+    def _copy(self, name: str, weights: Mapping[str, Tensor]) -> str:
         """The model's folder with these weights in the transformer, all of it in float32."""
-        source, copy = locate(self.model, hashed=False).folder, self.copies / name
+        source, copy = locate(self.model, hashed=False).folder, self.folder / "models" / name
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(source, copy)
         path = next((copy / "transformer").glob("*.safetensors"))
@@ -130,4 +143,4 @@ class ClipJudge:
         for layer, weight in weights.items():
             state[f"{layer}.weight"] = weight.contiguous()
         save_file(state, path)
-        return copy
+        return str(copy)

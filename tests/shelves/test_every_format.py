@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ from torch import Tensor
 from hbxt_compress.formats import FORMATS, WeightFormat
 from hbxt_compress.formats.int4 import Int4
 from hbxt_compress.graph.builder import GraphBuilder
+from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.external import write_models
+from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.parity import run_graph
+from hbxt_compress.graph.passes import clean_up
 from hbxt_compress.layers import LayerName, LayerSpec
 
 _BYTES = {ir.DataType.FLOAT16: 2, ir.DataType.FLOAT: 4, ir.DataType.INT8: 1, ir.DataType.UINT8: 1}
@@ -26,13 +31,41 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _random(fmt: WeightFormat, n_out: int, n_in: int, seed: int = 0) -> dict[str, Tensor]:
+    """A payload of random levels; scales of both signs, zeros that include both ends."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(*shape: int) -> Tensor:
+        below, above = fmt.n_levels
+        return torch.randint(-below, above + 1, shape, generator=generator)
+
+    if not any(fmt.n_levels):
+        return dict(fmt.encode(_normal(n_out, n_in, seed=seed), torch.ones(())))
+    n_groups = n_in // (fmt.group or n_in)
+    scales = torch.rand(n_out, n_groups, generator=generator) + 0.5
+    if not fmt.asymmetric:
+        scales *= torch.randn(n_out, n_groups, generator=generator).sign()
+    zeros = None
+    if fmt.asymmetric:
+        zeros = whole(n_out, n_groups)
+        zeros[0, 0], zeros[-1, -1] = -fmt.n_levels[0], fmt.n_levels[1]
+    low_rank = None
+    if fmt.rank:
+        shapes = (fmt.rank, n_in), (n_out, fmt.rank)
+        down, up = (torch.randn(shape, generator=generator) for shape in shapes)
+        low_rank = down.half(), up.half()
+    levels = whole(n_out, n_in)
+    return dict(fmt.store(levels, scales.half(), zeros, low_rank=low_rank))
+
+
 def _scales(fmt: WeightFormat, weight_OI: Tensor) -> Tensor:
-    """Signed-max scales: negative for about half of the groups of int4."""
+    """Signed-max scales: negative for about half of the groups of symmetric int4."""
     if not isinstance(fmt, Int4):
-        return (weight_OI.abs().amax(dim=1) / 127).half()
+        return (weight_OI.abs().amax(dim=1, keepdim=True) / 127).half()
     grouped = weight_OI.reshape(weight_OI.shape[0], -1, fmt.group)
     at = grouped.abs().argmax(dim=2, keepdim=True)
-    return (grouped.gather(2, at)[..., 0] / -8).half()
+    signed = (grouped.gather(2, at)[..., 0] / -8).half()
+    return signed.abs() if fmt.asymmetric else signed
 
 
 def _spec(shape: tuple[int, ...], kind: str = "linear") -> LayerSpec:
@@ -53,39 +86,109 @@ def _model(fmt: WeightFormat, payload: dict[str, Tensor], x_shape: tuple[int, ..
     return ir.Model(graph, ir_version=10)
 
 
-@pytest.mark.parametrize(("n_out", "n_in"), [(48, 256), (33, 128), (1, 384)])
+def _stored_bytes(model: ir.Model) -> int:
+    return sum(
+        _BYTES[v.dtype] * int(np.prod(list(v.shape))) for v in model.graph.initializers.values()
+    )
+
+
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (33, 128), (1, 384)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_onnxruntime_multiplies_with_the_decoded_weight(
     name: str, n_out: int, n_in: int, tmp_path: Path
 ) -> None:
+    """384 inputs are 3, 6 or 12 blocks: rows of an odd number are padded in the zero points."""
     fmt = FORMATS[name]
-    weight = _normal(n_out, n_in)
-    payload = fmt.encode(weight, _scales(fmt, weight))
+    payload = _random(fmt, n_out, n_in)
     x = _normal(2, 5, n_in, seed=1)
-    model = _model(fmt, dict(payload), tuple(x.shape), n_out)
+    model = _model(fmt, payload, tuple(x.shape), n_out)
     write_models(tmp_path, {"model.onnx": model})
     (got,) = run_graph(tmp_path / "model.onnx", {"x": x})
-    expected = x @ fmt.decode(payload).T
+    expected = x.double() @ fmt.decode(payload).double().T
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    stored = sum(
-        _BYTES[v.dtype] * int(np.prod(list(v.shape))) for v in model.graph.initializers.values()
-    )
-    assert fmt.bytes((n_out, n_in)) == stored
+    assert fmt.bytes((n_out, n_in)) == _stored_bytes(model)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_graph_of_every_format_obeys_the_target(name: str, tmp_path: Path) -> None:
+    fmt = FORMATS[name]
+    model = _model(fmt, _random(fmt, 33, 384), (2, 5, 384), 33)
+    clean_up(model)
+    name_everything(model)
+    write_models(tmp_path, {"model.onnx": model})
+    assert check_component(tmp_path) == ()
 
 
 @pytest.mark.parametrize("name", _QUANTIZING)
-def test_encode_takes_the_nearest_code(name: str) -> None:
+def test_what_is_stored_is_decoded_by_the_formula(name: str) -> None:
+    """w = (level - zero) * scale + up @ down, one weight at a time."""
+    fmt = FORMATS[name]
+    generator = torch.Generator().manual_seed(6)
+    below, above = fmt.n_levels
+    n_groups = 256 // (fmt.group or 256)
+    levels = torch.randint(-below, above + 1, (3, 256), generator=generator)
+    scales = torch.randn(3, n_groups, generator=generator).half()
+    zeros = torch.randint(-below, above + 1, (3, n_groups), generator=generator)
+    down, up = _normal(fmt.rank, 256).half(), _normal(3, fmt.rank).half()
+    payload = fmt.store(
+        levels.double(),  # any dtype, as long as they are whole
+        scales.float(),
+        zeros.float() if fmt.asymmetric else None,
+        low_rank=(down, up) if fmt.rank else None,
+    )
+    decoded = fmt.decode(payload)
+    assert decoded.dtype == torch.float32
+    for o, i in itertools.product(range(3), range(0, 256, 17)):
+        g = i // (fmt.group or 256)
+        zero = int(zeros[o, g]) if fmt.asymmetric else 0
+        value = (int(levels[o, i]) - zero) * float(scales[o, g])
+        value += float(up[o].double() @ down[:, i].double())
+        assert float(decoded[o, i]) == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", _QUANTIZING)
+def test_store_refuses_what_it_cannot_hold(name: str) -> None:
+    fmt = FORMATS[name]
+    scales = torch.ones(2, 128 // (fmt.group or 128)).half()
+    low_rank = (torch.zeros(fmt.rank, 128), torch.zeros(2, fmt.rank)) if fmt.rank else None
+    levels = torch.zeros(2, 128)
+    fmt.store(levels, scales, low_rank=low_rank)
+    below, above = fmt.n_levels
+    for wrong in (above + 1.0, -below - 1.0, 0.5, math.nan):
+        broken = levels.clone()
+        broken[1, 7] = wrong
+        with pytest.raises(ValueError, match=f"-{below} to {above}"):
+            fmt.store(broken, scales, low_rank=low_rank)
+    if not fmt.asymmetric:
+        with pytest.raises(ValueError, match="no room for zero points"):
+            fmt.store(levels, scales, torch.ones_like(scales), low_rank=low_rank)
+    other = None if fmt.rank else (torch.zeros(16, 128), torch.zeros(2, 16))
+    with pytest.raises(ValueError, match=r"factors|low-rank"):
+        fmt.store(levels, scales, low_rank=other)
+
+
+def test_plain_formats_have_no_levels() -> None:
+    with pytest.raises(ValueError, match="fp16 has no levels"):
+        FORMATS["fp16"].store(torch.zeros(2, 128), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("name", _QUANTIZING)
+def test_encode_takes_the_nearest_level(name: str) -> None:
     fmt = FORMATS[name]
     weight = _normal(16, 256, seed=2)
     scales = _scales(fmt, weight)
-    payload = fmt.encode(weight, scales)
-    step = scales.float().reshape(16, -1)
-    step = step.repeat_interleave(256 // step.shape[1], dim=1).abs()
-    error = (weight - fmt.decode(payload)).abs()
-    # Half a step, but for what float16 scales and the short positive end of int4 clip away.
-    inside = weight.abs() < step * (7 if name.startswith("int4") else 126)
-    assert bool((error[inside] <= step[inside] / 2 + 1e-6).all())
-    again = fmt.encode(fmt.decode(payload), scales)
+    zeros = None
+    if fmt.asymmetric:
+        zeros = torch.randint(-3, 4, scales.shape, generator=torch.Generator().manual_seed(3))
+    payload = fmt.encode(weight, scales, zeros)
+    size = fmt.group or 256
+    step = scales.float().repeat_interleave(size, dim=1)
+    shift = torch.zeros_like(step) if zeros is None else zeros.repeat_interleave(size, dim=1)
+    below, above = fmt.n_levels
+    every = torch.stack([(level - shift) * step for level in range(-below, above + 1)])
+    least = (every - weight).abs().amin(0)
+    torch.testing.assert_close((weight - fmt.decode(payload)).abs(), least, rtol=0, atol=1e-6)
+    again = fmt.encode(fmt.decode(payload), scales, zeros)
     assert all(torch.equal(again[key], payload[key]) for key in payload)
 
 
@@ -117,6 +220,32 @@ def test_packing_keeps_the_first_code_in_the_low_bits_and_unpacks_exactly(group:
     assert torch.equal(fmt.unpack(packed), codes)
 
 
+def test_zero_points_are_packed_two_a_byte_and_each_row_is_padded_with_the_default() -> None:
+    fmt = Int4(group=32, asymmetric=True)
+    zeros = torch.tensor([[-8.0, 7.0, 1.0], [0.0, -1.0, 7.0]])
+    payload = fmt.store(torch.zeros(2, 96), torch.ones(2, 3), zeros)
+    assert payload["zeros"].tolist() == [[0, 15, 9], [8, 7, 15]]
+    packed = fmt.pack_zeros(payload)
+    assert packed.tolist() == [0 + 16 * 15, 9 + 16 * 8, 8 + 16 * 7, 15 + 16 * 8]
+    assert packed.dtype == torch.uint8
+
+
+def test_names_say_what_is_stored() -> None:
+    assert FORMATS.keys() >= {"int4-g128", "int4-g64-asym", "int4-g64-r16", "int4-g32-asym-r32"}
+    for name, fmt in FORMATS.items():
+        assert fmt.name == name
+        assert fmt.asymmetric == ("asym" in name)
+        assert fmt.rank == (int(name.rpartition("-r")[2]) if "-r" in name else 0)
+
+
+def test_bits_a_weight_of_a_large_layer() -> None:
+    """Codes 4, scales 16 a group, zeros 4 a group, factors 16 R (1 / O + 1 / I)."""
+    expected = {"int4-g64": 4.25, "int4-g64-asym": 4.3125, "int4-g128-asym": 4.15625}
+    expected |= {"int4-g64-r32": 4.25 + 0.25, "int8-channel": 8 + 24 / 4096, "fp16": 16}
+    for name, bits in expected.items():
+        assert FORMATS[name].bytes((4096, 4096)) * 8 / 4096**2 == bits
+
+
 def test_int4_refuses_a_group_that_does_not_divide_and_names_the_remedy() -> None:
     assert FORMATS["int4-g128"].fits(_spec((8, 256))) is None
     assert "int4-g64" in (FORMATS["int4-g128"].fits(_spec((8, 192))) or "")
@@ -126,12 +255,62 @@ def test_int4_refuses_a_group_that_does_not_divide_and_names_the_remedy() -> Non
         Int4(group=24)
 
 
+def test_a_branch_must_be_small_against_the_weight() -> None:
+    fmt = FORMATS["int4-g64-asym-r16"]
+    assert fmt.fits(_spec((65, 128))) is None
+    for shape in ((64, 128), (512, 64)):
+        reason = fmt.fits(_spec(shape)) or ""
+        assert "rank 16" in reason
+        assert reason.endswith("use int4-g64-asym")
+
+
 @pytest.mark.parametrize("kind", ["conv2d", "conv3d", "embedding"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_only_plain_formats_take_convolutions_and_tables(name: str, kind: str) -> None:
+def test_who_takes_convolutions_and_tables(name: str, kind: str) -> None:
+    """Plain formats take everything, int8-channel also convolutions, int4 only linears."""
     reason = FORMATS[name].fits(_spec((8, 128, 3, 3), kind))
-    assert (reason is None) == name.startswith("fp")
+    takes = name.startswith("fp") or (name == "int8-channel" and kind != "embedding")
+    assert (reason is None) == takes
     assert reason is None or kind in reason
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (8, 6, 1, 1), (7, 4, 3, 1, 3)])
+@pytest.mark.parametrize("name", ["fp16", "fp32", "int8-channel"])
+def test_onnxruntime_convolves_with_the_decoded_weight(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    fmt = FORMATS[name]
+    weight = _normal(*shape)
+    payload = fmt.encode(weight, weight.flatten(1).abs().amax(1, keepdim=True) / 127)
+    decoded = fmt.decode(payload).reshape(shape)
+    assert (decoded - weight).abs().max() < 0.02
+    x_shape = (2, shape[1], *[6] * (len(shape) - 2))
+    x = ir.Value(name="x", shape=ir.Shape(x_shape), type=ir.TensorType(ir.DataType.FLOAT))
+    end = ir.node("Identity", [x])
+    graph = ir.Graph([x], [], nodes=[end], opset_imports={"": 18}, name="main")
+    builder = GraphBuilder(graph, end)
+    stored = fmt.weight(builder, "layer", payload, shape)
+    assert builder.shape_of(stored) == shape
+    given = _normal(*x_shape, seed=1)
+    convolve = torch.nn.functional.conv2d if len(shape) == 4 else torch.nn.functional.conv3d
+    expected = convolve(given, decoded)
+    y = builder.node("Conv", [x, stored], shape=tuple(expected.shape))
+    graph.remove(end)
+    y.name = "y"
+    graph.outputs.append(y)
+    model = ir.Model(graph, ir_version=10)
+    write_models(tmp_path, {"model.onnx": model})
+    (got,) = run_graph(tmp_path / "model.onnx", {"x": given})
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert fmt.bytes(shape) == _stored_bytes(model)
+
+
+def test_int4_has_no_weight_without_its_multiplication() -> None:
+    fmt = FORMATS["int4-g64"]
+    payload = _random(fmt, 4, 64)
+    graph = ir.Graph([], [], nodes=[end := ir.node("Identity", [])], name="main")
+    with pytest.raises(ValueError, match="only linear weights"):
+        fmt.weight(GraphBuilder(graph, end), "layer", payload, (4, 64))
 
 
 def test_the_int8_kernel_rounds_activations_unless_told_not_to(tmp_path: Path) -> None:

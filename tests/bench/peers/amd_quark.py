@@ -41,9 +41,12 @@ def _first(batch: list[Any]) -> Any:
 
 
 def _quantize(case: host.Case, scheme: str, algorithm: Any = None) -> host.Outcome:
-    model: nn.Module = wan.load(case.transformer, torch.float16)
-    rows: list[dict[str, torch.Tensor]] = wan.samples(case.inputs, torch.float16)
-    if algorithm is not None and not isinstance(algorithm, SVDQuantConfig):
+    # SVDQuant stores its factors in the model's dtype, and rounds a float32 model to bfloat16
+    svd = isinstance(algorithm, SVDQuantConfig)
+    dtype = torch.float16 if svd else torch.float32
+    model: nn.Module = wan.load(case.transformer, dtype)
+    rows: list[dict[str, torch.Tensor]] = wan.samples(case.inputs, dtype)
+    if algorithm is not None and not svd:
         model = wan.Packed(model, rows)
         rows = [{"hidden_states": row} for row in model.rows]
     config = QConfig(
@@ -65,7 +68,8 @@ def _quantize(case: host.Case, scheme: str, algorithm: Any = None) -> host.Outco
             weight = weight + low.l2.weight.float() @ low.l1.weight.float()
         weights[name] = weight
     settings = {"scheme": scheme, "algorithm": algorithm}
-    return host.Outcome(wan.to_numpy(weights), _exported(model, case.out / "export"), settings)
+    stored = _exported(model.half(), case.out / "export")
+    return host.Outcome(wan.to_numpy(weights), stored, settings)
 
 
 def _exported(model: nn.Module, folder: Path) -> dict[str, int]:

@@ -29,7 +29,8 @@ class Replay(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self, prompts: list[str], **_: object) -> None:
         for prompt in prompts:
-            self.transformer(**self.samples[int(prompt)])
+            call = self.samples[int(prompt)]
+            self.transformer(**{name: one.to(self.transformer.dtype) for name, one in call.items()})
 
 
 def _tune(case: host.Case, group: int, iters: int, sym: bool = True) -> host.Outcome:
@@ -45,7 +46,7 @@ def _tune(case: host.Case, group: int, iters: int, sym: bool = True) -> host.Out
             nsamples=len(names),
             calib_num_inference_steps=1,
             device_map="cpu",
-            model_dtype="float32",
+            amp=False,  # else it casts the model to bfloat16, which loses bits of a float16 one
             **settings,
         )
         model, _ = tuner.quantize()

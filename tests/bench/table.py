@@ -1,0 +1,109 @@
+"""quality.json as a Markdown table and as a picture: bits a weight against velocity SQNR."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_markdown", "write_svg"]
+
+Row = Mapping[str, Any]
+_COLUMNS = (
+    ("tool", "tool"),
+    ("method", "method"),
+    ("bits_per_weight", "bits a weight"),
+    ("velocity_sqnr_db", "velocity SQNR (dB)"),
+    ("guided_velocity_sqnr_db", "guided (dB)"),
+    ("psnr_db", "PSNR (dB)"),
+    ("lpips", "LPIPS"),
+    ("frechet", "Fréchet"),
+    ("seconds", "time (s)"),
+    ("peak_rss_bytes", "peak memory (MB)"),
+)
+_DIGITS = {"bits_per_weight": 3, "velocity_sqnr_db": 2, "guided_velocity_sqnr_db": 2, "psnr_db": 2,
+           "lpips": 5, "frechet": 3, "seconds": 1, "peak_rss_bytes": 0}  # fmt: skip
+_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 1000, 620, 70, 30, 190, 60
+
+
+def write_markdown(path: Path, rows: Sequence[Row]) -> None:
+    """Rows by bits a weight; a row that failed says why."""
+    lines = [
+        "| " + " | ".join(title for _, title in _COLUMNS) + " |",
+        "| --- | --- |" + " --: |" * (len(_COLUMNS) - 2),
+    ]
+    done = [row for row in rows if not row.get("error")]
+    for row in sorted(done, key=lambda r: (r["bits_per_weight"], -r["velocity_sqnr_db"])):
+        lines.append("| " + " | ".join(_cell(row, key) for key, _ in _COLUMNS) + " |")
+    failed = [row for row in rows if row.get("error")]
+    if failed:
+        lines += ["", "| tool | method | did not run because |", "| --- | --- | --- |"]
+        for row in failed:
+            reason = str(row["error"]).replace("|", "/")
+            lines.append(f"| {row['tool']} | {row['method']} | {reason} |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(row: Row, key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key == "tool":
+        return f"{value} {row['version']}"
+    if key == "peak_rss_bytes":
+        value = value / 1e6
+    return f"{value:.{_DIGITS[key]}f}" if key in _DIGITS else str(value)
+
+
+def write_svg(path: Path, rows: Sequence[Row]) -> None:
+    """One dot a method, one colour a tool, bits on a logarithmic axis."""
+    points = [row for row in rows if not row.get("error")]
+    tools = list(dict.fromkeys(row["tool"] for row in points))
+    colour = {tool: _COLOURS[i % len(_COLOURS)] for i, tool in enumerate(tools)}
+    bits = [math.log2(row["bits_per_weight"]) for row in points]
+    sqnr = [row["velocity_sqnr_db"] for row in points]
+    x_of = _scale(min(bits), max(bits), _LEFT, _WIDTH - _RIGHT)
+    y_of = _scale(min(sqnr), max(sqnr), _HEIGHT - _BOTTOM, _TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+    ]
+    for tick in (4, 4.125, 4.25, 4.5, 5, 6, 7, 8, 9):
+        if min(bits) - 0.02 <= math.log2(tick) <= max(bits) + 0.02:
+            x = x_of(math.log2(tick))
+            parts.append(_line(x, _TOP, x, _HEIGHT - _BOTTOM))
+            parts.append(_text(x, _HEIGHT - _BOTTOM + 18, f"{tick:g}", "middle"))
+    for db in range(math.ceil(min(sqnr)), math.floor(max(sqnr)) + 1):
+        parts.append(_line(_LEFT, y_of(db), _WIDTH - _RIGHT, y_of(db)))
+        parts.append(_text(_LEFT - 8, y_of(db) + 4, str(db), "end"))
+    for row, x, y in zip(points, map(x_of, bits), map(y_of, sqnr), strict=True):
+        about = escape(f"{row['tool']} {row['method']}: {row['velocity_sqnr_db']:.2f} dB")
+        fill = colour[row["tool"]]
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" opacity="0.8">')
+        parts.append(f"<title>{about}</title></circle>")
+    for i, tool in enumerate(tools):
+        y = _TOP + 20 * i + 10
+        parts.append(f'<circle cx="{_WIDTH - 170}" cy="{y}" r="5" fill="{colour[tool]}"/>')
+        parts.append(_text(_WIDTH - 158, y + 4, tool, "start"))
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(_text(middle, _HEIGHT - 15, "bits stored for each weight", "middle"))
+    parts.append(_text(_LEFT, _TOP - 12, "velocity SQNR, dB", "start"))
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Any:
+    margin = 0.04 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#ddd"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
