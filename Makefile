@@ -22,7 +22,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-w8a8 amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -68,9 +68,15 @@ check: $(VENV)/installed ## formatting, lint, types, architecture
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: $(VENV)/installed ## time RECIPE from an empty store
-	rm -rf $(BUILD)/bench
-	@began=$$(date +%s); $(HBXT) quantize $(RECIPE) --model $(MODEL) --store $(BUILD)/bench && \
+	rm -rf $(BUILD)/timing
+	@began=$$(date +%s); $(HBXT) quantize $(RECIPE) --model $(MODEL) --store $(BUILD)/timing && \
 		echo "$(RECIPE): $$(( $$(date +%s) - began )) s"
+
+bench-quality: $(VENV)/installed ## this project's recipes against the other toolkits: build/bench/quality.{json,md,svg}
+	$(BIN)/python tests/bench/quality.py
+
+bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
+	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json
 
 amd-wheels: $(VENV)/installed ## run the artifact on onnxruntime-rocm and -migraphx, CPU only, in venvs of their own
 	tests/amd_wheels.sh $(ARTIFACT) $(PYTHON)

@@ -22,6 +22,7 @@ Solver = Literal["euler", "unipc"]
 SolverType = Literal["bh1", "bh2"]
 
 _EPS = 1e-6  # UniPC starts at 1 - eps: at sigma 1 the signal's logarithm is infinite
+_A = (0.5, 2.0)  # a correction beyond them mends nothing: the model is broken
 
 # Options that must keep this value: option -> the only value supported.
 _EULER_ONLY: Mapping[str, object] = {
@@ -59,6 +60,8 @@ class SamplerSpec:
     a step. With two experts, `transformer` serves timesteps >= boundary * n_train_timesteps and
     `transformer_2` the rest, with `guidance_2` (None: the same guidance).
     solver_order, solver_type and disable_corrector (steps without the corrector) are UniPC's.
+    corrections: (timestep, a, b) by rising timestep, fitted to a quantized model: the solver takes
+    a * v + b * x for the guided velocity v at latents x; none: v itself.
     """
 
     solver: Solver
@@ -71,6 +74,7 @@ class SamplerSpec:
     solver_order: int = 2
     solver_type: SolverType = "bh2"
     disable_corrector: tuple[int, ...] = ()
+    corrections: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -93,6 +97,7 @@ class SamplerSpec:
             problems.append(f"solver_order {self.solver_order}: must be 1, 2 or 3")
         if self.solver_type not in ("bh1", "bh2"):
             problems.append(f"solver_type {self.solver_type!r}: must be 'bh1' or 'bh2'")
+        problems += _correction_problems(self.corrections, self.n_train_timesteps)
         if problems:
             raise UsageError(f"the sampler cannot run:\n{listing(problems)}")
 
@@ -101,8 +106,15 @@ class SamplerSpec:
         return self if n_steps is None else replace(self, n_steps=n_steps)
 
     def with_guidance(self, guidance: float | None) -> Self:
-        """This spec with one guidance for all steps and experts; itself for None."""
-        return self if guidance is None else replace(self, guidance=guidance, guidance_2=None)
+        """This spec with one guidance for all steps and experts; itself for None.
+
+        Corrections were fitted to the velocity at the old guidance: another one drops them.
+        """
+        if guidance is None:
+            return self
+        same = guidance == self.guidance and self.guidance_2 in (None, guidance)
+        corrections = self.corrections if same else ()
+        return replace(self, guidance=guidance, guidance_2=None, corrections=corrections)
 
     def guidance_at(self, timestep: float) -> float:
         """The guidance of a step; 1.0 or more."""
@@ -113,8 +125,21 @@ class SamplerSpec:
         """Whether `transformer_2` serves this timestep."""
         return self.boundary is not None and timestep < self.boundary * self.n_train_timesteps
 
+    def correction_at(self, timestep: float) -> tuple[float, float]:
+        """(a, b) of a step: linear between its expert's entries, constant outside; else (1, 0)."""
+        second = self.second_expert(timestep)
+        own = [one for one in self.corrections if self.second_expert(one[0]) == second]
+        if not own:
+            return 1.0, 0.0
+        timesteps, a, b = zip(*own, strict=True)
+        at = float(timestep)
+        return float(np.interp(at, timesteps, a)), float(np.interp(at, timesteps, b))
+
     def to_json(self) -> dict[str, object]:
-        return {**asdict(self), "disable_corrector": list(self.disable_corrector)}
+        """Plain JSON values; `corrections` only where there are any."""
+        document = {**asdict(self), "disable_corrector": list(self.disable_corrector)}
+        corrections = [list(one) for one in document.pop("corrections")]
+        return {**document, "corrections": corrections} if corrections else document
 
     @classmethod
     def from_json(cls, document: Mapping[str, object]) -> Self:
@@ -130,8 +155,11 @@ class SamplerSpec:
             values["disable_corrector"] = tuple(
                 cast(list[int], values.get("disable_corrector", ()))
             )
+            values["corrections"] = tuple(
+                tuple(one) for one in cast(list[list[float]], values.get("corrections", ()))
+            )
             return cls(**values)  # type: ignore[arg-type]
-        except (TypeError, UsageError) as error:
+        except (TypeError, OverflowError, UsageError) as error:
             raise ArtifactError(f"the sampler is not readable: {error}") from error
 
     @classmethod
@@ -202,6 +230,28 @@ class SamplerSpec:
         ends = np.array([n, 1], dtype=np.float32) / np.float32(n)
         highest, lowest = (float(level) for level in _shifted(ends, self.shift))
         return _shifted(np.linspace(highest * n, lowest * n, self.n_steps) / n, self.shift)
+
+
+def _correction_problems(
+    corrections: tuple[tuple[float, float, float], ...], n_train_timesteps: int
+) -> list[str]:
+    problems, before = [], -math.inf
+    for i, one in enumerate(corrections):
+        numbers = all(type(x) in (int, float) and math.isfinite(x) for x in one)
+        if len(one) != 3 or not numbers:
+            problems.append(
+                f"corrections[{i}] {one}: must be three finite numbers (timestep, a, b)"
+            )
+            continue
+        timestep, a, _ = one
+        if not 0 <= timestep <= n_train_timesteps or timestep <= before:
+            problems.append(
+                f"corrections[{i}] timestep {timestep}: must rise within 0..{n_train_timesteps}"
+            )
+        if not _A[0] <= a <= _A[1]:
+            problems.append(f"corrections[{i}] a {a}: must lie in {_A[0]}..{_A[1]}")
+        before = timestep
+    return problems
 
 
 def _shifted(levels: np.ndarray, shift: float) -> np.ndarray:

@@ -37,11 +37,17 @@ class Denoiser:
 
     @np.errstate(invalid="ignore", over="ignore")  # who drives it judges the latents
     def step(self, velocity: np.ndarray, sample: np.ndarray) -> np.ndarray:
-        """The sample at the next, lower noise level; float32 of the sample's shape."""
+        """The sample at the next, lower noise level; float32 of the sample's shape.
+
+        velocity: as the model and guidance give it; the spec's corrections are applied here.
+        """
         if self.n_done >= self.spec.n_steps:
             raise UsageError(f"all {self.spec.n_steps} steps are done: make a new Denoiser")
         velocity = np.asarray(velocity, dtype=np.float32)
         sample = np.asarray(sample, dtype=np.float32)
+        a, b = self.spec.correction_at(float(self.timesteps[self.n_done]))
+        if (a, b) != (1.0, 0.0):
+            velocity = np.float32(a) * velocity + np.float32(b) * sample
         advance = self._euler if self.spec.solver == "euler" else self._unipc
         result = advance(velocity, sample)
         self.n_done += 1

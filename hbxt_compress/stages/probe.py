@@ -19,6 +19,7 @@ from torch import Tensor
 from hbxt_compress.algorithms.choose import estimated_errors, output_error
 from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.chain import layer_at
+from hbxt_compress.errors import CalibrationError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine
@@ -67,6 +68,7 @@ def _probe(
     source: Source, choices: Sequence[Choice], trajectories: Entry, on: Machine
 ) -> dict[str, dict[str, float]]:
     every = load_trajectories(trajectories.folder)
+    _require_observable(source, choices, len(every))
     chosen = torch.linspace(0, len(every) - 1, min(_N_PROMPTS, len(every))).round().int().tolist()
     some = [every[i] for i in chosen]
     held_out = min(_N_HELD_OUT, len(some) - 1)
@@ -88,11 +90,30 @@ def _probe(
             for module in group:
                 name = LayerName(f"{station.component}/{module}")
                 damages[name] = _damages(waiting.pop(name), inputs, station, followed)
+    unseen = [name for name, choice in waiting.items() if choice.spec.component != _DECODER]
+    if unseen:
+        raise CalibrationError(
+            f"{len(unseen)} layers saw no input at the observed steps; observe steps of both "
+            f"experts:\n{listing(unseen)}"
+        )
     blind = [choice for name, choice in waiting.items() if choice.spec.component == _DECODER]
     if blind:
         damages |= _decoder_damages(source, blind, [one.latents_KCTHW[-1] for one in some])
     log.info("probe: done", extra={"progress": (1, 1, "probe")})
     return damages
+
+
+def _require_observable(source: Source, choices: Sequence[Choice], n_prompts: int) -> None:
+    if n_prompts < 2:
+        raise CalibrationError("a budget goes by errors on held-out prompts: give two or more")
+    chained = family_of(source).chained
+    blind = [
+        f"{choice.spec.name}: its inputs are no features, it is a {choice.spec.kind}"
+        for choice in choices
+        if choice.spec.component in chained and choice.spec.kind != "linear"
+    ]
+    if blind:
+        raise CalibrationError(f"a budget cannot decide about these; keep them:\n{listing(blind)}")
 
 
 @torch.no_grad()

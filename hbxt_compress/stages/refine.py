@@ -20,6 +20,7 @@ from torch import Tensor
 from hbxt_compress.algorithms import AnyRefiner
 from hbxt_compress.algorithms.recover import Example
 from hbxt_compress.chain import Chain
+from hbxt_compress.errors import CalibrationError
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
@@ -47,7 +48,11 @@ def refine(
     how: Sequence[AnyRefiner],
     on: Machine,
 ) -> None:
-    """Writes `<component>.safetensors`, and `<component>.json` with held-out errors."""
+    """Writes `<component>.safetensors` for every component with quantized weights or floats.
+
+    Raises:
+        CalibrationError: no observed step of a component, or no held-out prompt.
+    """
     model = QuantizedModel.load(quantized.folder)
     family, device = family_of(source), torch.device(on.device)
     observed = load_trajectories(trajectories.folder)
@@ -97,6 +102,11 @@ def _refined(
             target = full.whole(*batch.full)
         example = Example(inputs=batch.half, target=target, weight=batch.weight)
         sides[batch.held_out].append(example)
+    if not (sides[False] and sides[True]):
+        raise CalibrationError(
+            f"{component}: tuning needs observed steps of its own, prompts to learn from and held-"
+            "out ones to judge by; observe steps of both experts and hold out a prompt"
+        )
     for i, refiner in enumerate(how):
         checkpoint = _Checkpoints(work.folder / f"{component}.{i}.checkpoint")
         before, after = refiner.tune(

@@ -56,6 +56,8 @@ def walk(
         else:
             second = component == "transformer_2"
             batches = transformer_batches(trajectories, texts, n_held_out, sampler, second=second)
+        if not batches:  # no observed step of this expert: its layers stay unseen
+            continue
         sides = SideBySide(full, half, [_on(batch, device) for batch in batches])
         for piece in sides.pieces:
             yield Station(component=component, piece=piece, sides=sides)

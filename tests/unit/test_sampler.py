@@ -64,6 +64,75 @@ def test_json_round_trip():
     assert SamplerSpec.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
+KNOTS = ((100.0, 0.9, 0.05), (500.0, 1.1, -0.05), (900.0, 1.0, 0.0))
+
+
+def test_corrections_survive_json():
+    one = spec(corrections=KNOTS)
+    assert SamplerSpec.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_a_spec_without_corrections_is_written_as_before():
+    assert spec().corrections == ()
+    assert json.dumps(spec(disable_corrector=(2,)).to_json()) == (
+        '{"solver": "unipc", "n_steps": 8, "shift": 3.0, "guidance": 4.0, "guidance_2": null, '
+        '"boundary": null, "n_train_timesteps": 1000, "solver_order": 2, "solver_type": "bh2", '
+        '"disable_corrector": [2]}'
+    )
+
+
+def test_corrections_are_linear_between_and_constant_outside():
+    one = spec(corrections=KNOTS)
+    for timestep, a, b in KNOTS:
+        assert one.correction_at(timestep) == (a, b)
+    assert one.correction_at(0.0) == (0.9, 0.05)
+    assert one.correction_at(999.0) == (1.0, 0.0)
+    assert one.correction_at(300.0) == pytest.approx((1.0, 0.0))
+    assert one.correction_at(800.0) == pytest.approx((1.025, -0.0125))
+    assert spec().correction_at(500.0) == (1.0, 0.0)
+
+
+def test_experts_do_not_share_corrections():
+    two = spec(boundary=0.6, corrections=KNOTS)
+    assert two.correction_at(600.0) == two.correction_at(899.0) == (1.0, 0.0)  # from 900 alone
+    assert two.correction_at(599.0) == (1.1, -0.05)
+    one_sided = spec(boundary=0.6, corrections=KNOTS[:2])
+    assert one_sided.correction_at(700.0) == (1.0, 0.0)
+
+
+def test_another_guidance_drops_the_corrections():
+    one = spec(corrections=KNOTS)
+    assert one.with_guidance(None) is one
+    assert one.with_guidance(4.0) == one
+    assert one.with_guidance(5.0).corrections == ()
+    assert one.with_steps(3).corrections == KNOTS
+    two = spec(corrections=KNOTS, boundary=0.6, guidance_2=3.0)
+    assert two.with_guidance(4.0).corrections == ()
+
+
+@pytest.mark.parametrize(
+    ("corrections", "message"),
+    [
+        (((100.0, 1.0),), "three finite numbers"),
+        (((100.0, float("nan"), 0.0),), "three finite numbers"),
+        (((100.0, 1.0, float("inf")),), "three finite numbers"),
+        (((100.0, True, 0.0),), "three finite numbers"),
+        (((100.0, 0.49, 0.0),), r"a 0\.49: must lie in 0\.5\.\.2\.0"),
+        (((100.0, 2.01, 0.0),), r"a 2\.01"),
+        (((1001.0, 1.0, 0.0),), r"must rise within 0\.\.1000"),
+        (((-1.0, 1.0, 0.0),), r"must rise within"),
+        (((500.0, 1.0, 0.0), (500.0, 1.1, 0.0)), r"corrections\[1\] timestep 500\.0: must rise"),
+        (((500.0, 1.0, 0.0), (400.0, 1.1, 0.0)), r"corrections\[1\] timestep 400\.0: must rise"),
+    ],
+)
+def test_impossible_corrections_are_refused(corrections, message):
+    with pytest.raises(UsageError, match=message):
+        spec(corrections=corrections)
+    document = {**spec().to_json(), "corrections": [list(one) for one in corrections]}
+    with pytest.raises(ArtifactError, match="sampler is not readable"):
+        SamplerSpec.from_json(document)
+
+
 def test_json_with_unknown_and_missing_keys_names_them_all():
     document = {"solver": "unipc", "n_steps": 8, "sheft": 3.0}
     with pytest.raises(ArtifactError) as error:
@@ -72,7 +141,19 @@ def test_json_with_unknown_and_missing_keys_names_them_all():
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"n_steps": "8"}, {"n_steps": 0}, {"disable_corrector": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_steps": "8"},
+        {"n_steps": 0},
+        {"disable_corrector": 3},
+        {"corrections": 3},
+        {"corrections": [3]},
+        {"corrections": ["abc"]},
+        {"corrections": [[100, 1, 10**400]]},
+        {"corrections": None},
+    ],
+)
 def test_json_with_bad_values_is_an_artifact_error(change):
     with pytest.raises(ArtifactError, match="sampler is not readable"):
         SamplerSpec.from_json({**spec().to_json(), **change})

@@ -178,6 +178,31 @@ def test_search_comes_close_to_the_best_of_all_float16_scales(
     assert float(ratio.mean()) < 1.015
 
 
+@pytest.mark.parametrize("deepest", [(-8, 5), (-5, 7), (-7, 7), (-6, 6)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_weight_that_lies_on_a_grid_is_found_exactly(
+    asymmetric: bool, deepest: tuple[int, int]
+) -> None:
+    """No ratio that is tried hits most of these scales: sign, ratio and refit must all do so."""
+    low, high = deepest
+    levels = torch.randint(low, high + 1, (40, 64), generator=_generator(21)).float()
+    levels[:, 0], levels[:, 32], levels[:, 1], levels[:, 33] = low, low, high, high
+    steps = (torch.rand(40, 2, generator=_generator(22)) + 0.5).half().float()
+    steps *= torch.tensor([1.0, -1.0]) * (1 if not asymmetric else -1)
+    weight = levels * steps.repeat_interleave(32, dim=1)
+    grid = search_scales(weight, FreeFormat(group=32, asymmetric=asymmetric))
+    torch.testing.assert_close(grid.value(grid.levels(weight)), weight, rtol=0, atol=0)
+
+
+def test_the_largest_entry_is_cut_off_where_the_deep_end_suits_the_others_better() -> None:
+    weight = torch.randint(-6, 7, (1, 32), generator=_generator(23)).float()
+    weight[0, :8] = -8.0
+    weight[0, 8] = 8.3
+    grid = search_scales(weight, FreeFormat(group=32))
+    assert float(grid.scales_OG) == pytest.approx(1, abs=0.02)
+    assert grid.levels(weight)[0, :9].tolist() == [-8.0] * 8 + [7.0]
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_the_search_never_loses_to_the_range_alone(asymmetric: bool) -> None:
     weight = _SOURCES["student-t5"][:64]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,38 @@ def test_a_straight_path_is_solved_exactly(solver):
     for _ in denoiser.timesteps:
         x = denoiser.step(noise - data, x)
     np.testing.assert_allclose(x, data, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_corrections_equal_a_loop_that_corrects_the_velocity_itself(solver):
+    """At another step count than that of the table, so most entries are interpolated."""
+    knots = ((100.0, 0.9, 0.05), (500.0, 1.1, -0.03), (900.0, 1.05, 0.02))
+    plain = spec(solver, 6, 3.0)
+    ours, bare = Denoiser(replace(plain, corrections=knots)), Denoiser(plain)
+    times, a, b = (np.array(column) for column in zip(*knots, strict=True))
+    x = y = start = np.random.default_rng(4).standard_normal(SHAPE).astype(np.float32)
+    for i, t in enumerate(plain.timesteps()):
+        x = ours.step(linear_velocity(x, i), x)
+        at = [np.float32(np.interp(float(t), times, column)) for column in (a, b)]
+        y = bare.step(at[0] * linear_velocity(y, i) + at[1] * y, y)
+        assert x.dtype == np.float32
+        np.testing.assert_array_equal(x, y)
+    uncorrected, z = Denoiser(plain), start
+    for i in range(6):
+        z = uncorrected.step(linear_velocity(z, i), z)
+    assert np.abs(x - z).max() > 1e-3
+
+
+def test_a_correction_that_changes_nothing_leaves_every_byte():
+    plain = spec("unipc", 5, 3.0)
+    knots = ((100.0, 1.0, 0.0), (900.0, 1.0, 0.0))
+    results = []
+    for one in (plain, replace(plain, corrections=knots)):
+        denoiser, x = Denoiser(one), np.random.default_rng(4).standard_normal(SHAPE)
+        for i in range(5):
+            x = denoiser.step(random_velocity(x, i), x)
+        results.append(x.tobytes())
+    assert results[0] == results[1]
 
 
 def test_unipc_converges_faster_than_euler():
