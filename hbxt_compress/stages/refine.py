@@ -6,6 +6,7 @@ on from the last checkpoint.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from hbxt_compress.algorithms import AnyRefiner
 from hbxt_compress.algorithms.recover import Example
+from hbxt_compress.algorithms.solver import SolverRefit
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
+from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import text_batches, transformer_batches
 from hbxt_compress.stages.side_by_side import Batch
@@ -50,12 +53,15 @@ def refine(
 ) -> None:
     """Writes `<component>.safetensors` for every component with quantized weights or floats.
 
+    Where the solver is refitted, `<component>.sampler.json` has `corrections` and `notes`.
+
     Raises:
         CalibrationError: no observed step of a component, or no held-out prompt.
     """
     model = QuantizedModel.load(quantized.folder)
     family, device = family_of(source), torch.device(on.device)
     observed = load_trajectories(trajectories.folder)
+    sampler = family.sampler(source)
     texts: dict[int, tuple[Tensor, Tensor]] = {}
     for component in family.components(source):
         own = {n: w for n, w in model.weights.items() if n.startswith(f"{component}/")}
@@ -72,10 +78,10 @@ def refine(
             _pass_on(work, component, own)
             continue
         batches = transformer_batches(
-            observed, texts, n_held_out, family.sampler(source), second=component == "transformer_2"
+            observed, texts, n_held_out, sampler, second=component == "transformer_2"
         )
 
-        make = partial(_refined, work, component, full, half, batches, how)
+        make = partial(_refined, work, component, full, half, batches, how, sampler)
         work.piece(f"{component}.safetensors", make)
     log.info("refine: done", extra={"progress": (1, 1, "refine")})
 
@@ -93,9 +99,10 @@ def _refined(
     half: Chain,
     batches: Sequence[Batch],
     how: Sequence[AnyRefiner],
+    sampler: SamplerSpec,
     path: Path,
 ) -> None:
-    """Writes one component, tuned by every refiner in turn."""
+    """Writes one component, tuned by every refiner in turn; the solver is fitted to the result."""
     sides: dict[bool, list[Example]] = {True: [], False: []}
     for batch in batches:
         with torch.no_grad():
@@ -108,6 +115,8 @@ def _refined(
             "out ones to judge by; observe steps of both experts and hold out a prompt"
         )
     for i, refiner in enumerate(how):
+        if isinstance(refiner, SolverRefit):
+            continue
         checkpoint = _Checkpoints(work.folder / f"{component}.{i}.checkpoint")
         before, after = refiner.tune(
             half.module,
@@ -118,6 +127,16 @@ def _refined(
             checkpoint,
         )
         log.info("refine: %s: velocity error %.4g, was %.4g", component, after, before)
+    for refiner in (one for one in how if isinstance(one, SolverRefit)):
+        try:
+            fit = refiner.tune(
+                half.module, half.call, sides[False], sides[True], sampler.guidance_at
+            )
+        except ValueError as error:
+            raise CalibrationError(f"{component}: {error}") from None
+        log.info("refine: %s: guided error %.4g, was %.4g", component, fit.after, fit.before)
+        text = json.dumps({"corrections": fit.corrections, "notes": dict(fit.notes)}, indent=1)
+        (work.folder / f"{component}.sampler.json").write_text(text + "\n", encoding="utf-8")
     save_block(path, *tuned(half.module, component))
     for leftover in work.folder.glob(f"{component}.*.checkpoint"):
         leftover.unlink()

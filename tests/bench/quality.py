@@ -190,7 +190,8 @@ def main() -> None:
     parser.add_argument("--no-clips", action="store_true", help="velocity SQNR alone")
     parser.add_argument("--pip-args", default="", help="for pip install, such as an index of torch")
     asked = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
     bench = Bench(asked.out.resolve(), shlex.split(asked.pip_args), clips=not asked.no_clips)
     rows: list[Row] = []
     for tool in asked.only or [*PEERS, "hbxt_compress"]:

@@ -329,5 +329,5 @@ def test_a_component_is_refined_and_a_killed_run_gives_the_same_bytes(
 def test_tuning_without_anything_to_judge_by_is_refused(
     micro_wan: Path, quantized: Entry, seen: Entry, tmp_path: Path
 ) -> None:
-    with pytest.raises(CalibrationError, match="transformer: .*hold out a prompt"):
+    with pytest.raises(CalibrationError, match=r"transformer: .*hold out a prompt"):
         refine(Work(tmp_path), source_of(micro_wan), quantized, seen, 0, (Recover(),), Machine())

@@ -1,9 +1,9 @@
-"""The walk: what it shows of both models is what both models do, and rounding by it leaves no trace."""
+"""The walk: what it shows of both models is what they do, and rounding by it leaves no trace."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hbxt_compress.algorithms.transform import Transform
 from hbxt_compress.chain import Chain, layer_at
 from hbxt_compress.errors import CalibrationError, SourceError
 from hbxt_compress.formats import FORMATS
-from hbxt_compress.layers import LayerName, LayerSpec
+from hbxt_compress.layers import LayerSpec
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.plan import LayerPlan
@@ -42,7 +42,12 @@ from tests.observed import changed, observed, source_of, with_two_experts
 
 _CPU = torch.device("cpu")
 _GPTQ = Gptq(damping=(0.01,), correct=(1.0,), polish=0)
-_ALL = (Scale(), Hadamard(), Rotate(), Permute())
+_ALL = (
+    Scale(alphas=(0.2,), betas=(0.5,)),
+    Hadamard(blocks=(64,), scales=()),
+    Rotate(),
+    Permute(powers=(0.0,)),
+)
 _Rows = list[tuple[Tensor, Tensor, float, bool]]
 
 
@@ -271,9 +276,8 @@ def test_outputs_are_those_of_both_models_at_the_end(source: Source, seen: Entry
             assert torch.equal(full, sides.full.whole(*batch.full))
             assert torch.equal(half, sides.half.whole(*batch.half))
         assert not torch.allclose(full, half, atol=1e-3)
-    for piece in ("000", "001", "tail"):  # from the boundaries that are still known
-        if piece == "tail":
-            assert torch.equal(sides.output(piece, 3), sides.outputs[3][0])
+    assert torch.equal(sides.output("head", 3), sides.outputs[3][0])
+    assert torch.equal(sides.output("tail", 3), sides.outputs[3][0])
 
 
 def test_padding_does_not_count_in_the_text_encoder(source: Source, seen: Entry) -> None:
@@ -300,7 +304,7 @@ def test_layers_of_one_input_are_one_group_in_the_order_of_the_calls(
     for station in walk(source, load_trajectories(seen.folder)[:1], 0, _CPU):
         own = [spec.module for spec in members(station, specs)]
         found = station.sides.groups(station.piece, sorted(own, reverse=True))
-        assert sorted(sum(found, [])) == sorted(own)
+        assert sorted(name for group in found for name in group) == sorted(own)
         groups[station.component, station.piece] = found
     b = "blocks.1"
     assert [set(group) for group in groups["transformer", "001"]] == [
@@ -340,7 +344,6 @@ def test_statistics_that_cannot_be_had_are_an_error_with_a_name(
         none.inputs("head", module, "moments")
     alone = SideBySide(sides.full, sides.half, [_only(sides.batches[0], held_out=False)])
     assert alone.inputs("head", module, "moments").held_out is None
-    sides.half.module.get_submodule(module)
     latents, t, text = sides.batches[0].half
     bad = Batch(
         full=sides.batches[0].full, half=(latents, t, text * torch.nan), weight=1.0, held_out=False
@@ -421,7 +424,6 @@ def test_there_is_a_file_a_piece_with_every_layer_in_it(uneven: Source, rounded:
     [
         ["text_encoder.000", "transformer.001"],
         ["transformer.000"],
-        ["text_encoder.001", "transformer.000", "transformer.001"],
     ],
 )
 def test_a_half_finished_folder_is_completed_to_the_same_bytes(

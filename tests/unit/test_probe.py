@@ -1,0 +1,233 @@
+"""Probe: damages that are zero where nothing arrives, fall with bits, and order layers rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hbxt_compress.algorithms.scales import search_scales
+from hbxt_compress.errors import CalibrationError
+from hbxt_compress.formats import FORMATS
+from hbxt_compress.layers import LayerName, LayerSpec
+from hbxt_compress.machine import Machine
+from hbxt_compress.models import family_of
+from hbxt_compress.plan import Choice
+from hbxt_compress.source import Source
+from hbxt_compress.stages import probe as probing
+from hbxt_compress.stages.probe import probe, read_damages
+from hbxt_compress.stages.side_by_side import SideBySide
+from hbxt_compress.stages.walk import Station, walk
+from hbxt_compress.store import Entry, Work
+from hbxt_compress.trajectories import load_trajectories
+from tests.observed import changed, observed, source_of, with_two_experts
+
+_RISING = ("int4-g128", "int4-g64", "int4-g32", "int8-channel")
+_HEAD = ("transformer/condition_embedder.text_embedder.linear_1", "transformer/proj_out")
+_Damages = dict[LayerName, dict[str, float]]
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _mute(name: str, tensor: Tensor) -> Tensor:
+    """Nothing that block 0's first attention or block 1's MLP computes goes any further.
+
+    The other weights differ in size by layer, so that their damages do too.
+    """
+    if name.endswith(("blocks.0.attn1.to_out.0.weight", "blocks.1.ffn.net.2.weight")):
+        return torch.zeros_like(tensor)
+    if tensor.ndim == 2 and "to_out" in name:
+        return tensor * (0.2 if "blocks.0" in name else 3.0)
+    return tensor
+
+
+@pytest.fixture(scope="module")
+def source(micro_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return source_of(changed(micro_wan, tmp_path_factory.mktemp("mute") / "wan", _mute))
+
+
+@pytest.fixture(scope="module")
+def seen(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Entry:
+    return observed(source, tmp_path_factory.mktemp("seen") / "t")
+
+
+def _choices(source: Source, formats: tuple[str, ...] = (*_RISING, "fp16")) -> list[Choice]:
+    """Of all linears in blocks, and two outside."""
+    family = family_of(source)
+    return [
+        Choice(spec=spec, formats=formats)
+        for spec in family.layers(source)
+        if spec.kind == "linear" and (spec.block is not None or spec.name in _HEAD)
+    ]
+
+
+@pytest.fixture(scope="module")
+def probed(source: Source, seen: Entry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probed")
+    probe(Work(folder), source, _choices(source), seen, Machine())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def damages(probed: Path) -> _Damages:
+    return {name: dict(row) for name, row in read_damages(probed).items()}
+
+
+def test_every_choice_gets_a_damage_for_every_format(source: Source, damages: _Damages) -> None:
+    assert damages.keys() == {choice.spec.name for choice in _choices(source)}
+    for row in damages.values():
+        assert row.keys() == {*_RISING, "fp16"}
+        assert row["fp16"] == 0.0
+        assert all(0 <= damage < 10 for damage in row.values())
+
+
+def test_damage_falls_with_more_bits_for_every_layer(damages: _Damages) -> None:
+    for name, row in damages.items():
+        rising = [row[fmt] for fmt in _RISING]
+        if any(rising):
+            assert all(less < more for more, less in pairwise(rising)), name
+            assert rising[-1] < 0.05 * rising[0]
+
+
+def test_what_is_multiplied_by_zero_downstream_does_no_damage(damages: _Damages) -> None:
+    muted = [f"transformer/blocks.0.attn1.to_{x}" for x in "qkv"]
+    muted.append("transformer/blocks.1.ffn.net.0.proj")
+    for name in muted:
+        assert damages[LayerName(name)]["int4-g128"] < 1e-12, name
+    others = [row["int4-g128"] for name, row in damages.items() if name not in muted]
+    nothing = [damage for damage in others if damage == 0]
+    assert len(nothing) == 2  # the layers of zeros themselves
+    assert min(damage for damage in others if damage) > 1e-9
+
+
+def _true_damage(source: Source, seen: Entry, spec: LayerSpec, fmt: str) -> float:
+    """What the velocity really loses when a layer alone is rounded to nearest, its mean kept."""
+    module = family_of(source).load(source, "transformer")
+    chain = family_of(source).chain(source, "transformer", module)
+    stations = walk(source, load_trajectories(seen.folder), 1, torch.device("cpu"))
+    batches = next(s.sides.batches for s in stations if s.component == "transformer")
+    layer = module.get_submodule(spec.module)
+    rows: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _m, args, _o: rows.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        expected = [chain.whole(*batch.full) for batch in batches]
+    handle.remove()
+    grid = search_scales(layer.weight.data, FORMATS[fmt])
+    lost_OI = layer.weight.data - grid.value(grid.levels(layer.weight.data))
+    layer.weight.data -= lost_OI
+    if layer.bias is not None:
+        layer.bias.data += lost_OI @ torch.cat(rows).mean(0)
+    lost = kept = 0.0
+    for batch, v in zip(batches, expected, strict=True):
+        with torch.no_grad():
+            lost += batch.weight * float((chain.whole(*batch.full) - v).square().sum())
+        kept += batch.weight * float(v.square().sum())
+    return lost / kept
+
+
+def test_damages_are_about_what_rounding_a_layer_alone_does(
+    source: Source, seen: Entry, damages: _Damages
+) -> None:
+    """Feedback is expected to save some of it; layers are ordered as in truth."""
+    pairs = []
+    for choice in _choices(source):
+        spec = choice.spec
+        if spec.component == "transformer" and damages[spec.name]["int4-g64"] > 1e-12:
+            true = _true_damage(source, seen, spec, "int4-g64")
+            assert 0.2 < damages[spec.name]["int4-g64"] / true < 1.6, spec.name
+            pairs.append((damages[spec.name]["int4-g64"], true))
+    estimated, real = torch.tensor(pairs).log().T
+    assert len(pairs) > 12
+    assert float(torch.corrcoef(torch.stack([estimated, real]))[0, 1]) > 0.95
+    assert float(real.max() - real.min()) > 3  # a factor of 20: there is something to order
+
+
+def test_two_probes_write_the_same_and_the_order_of_choices_is_no_matter(
+    source: Source, seen: Entry, probed: Path, tmp_path: Path
+) -> None:
+    probe(Work(tmp_path), source, _choices(source)[::-1], seen, Machine())
+    written = (tmp_path / "damages.json").read_bytes()
+    assert written == (probed / "damages.json").read_bytes()
+
+
+def test_a_finished_probe_is_read_and_not_repeated(
+    source: Source, seen: Entry, probed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "walk", None)
+    probe(Work(probed), source, _choices(source), seen, Machine())
+
+
+def test_probing_leaves_both_models_as_they_were(
+    source: Source, seen: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, SideBySide] = {}
+
+    def record(*args: Any) -> Iterator[Station]:
+        for station in walk(*args):
+            found[station.component] = station.sides
+            yield station
+
+    monkeypatch.setattr(probing, "walk", record)
+    few = [
+        c
+        for c in _choices(source, ("int4-g64", "fp16"))
+        if ".v" in c.spec.name or "proj" in c.spec.name
+    ]
+    probe(Work(tmp_path), source, few, seen, Machine())
+    assert set(found) == {"text_encoder", "transformer"}
+    for component, sides in found.items():
+        fresh = family_of(source).load(source, component).state_dict()
+        for chain in (sides.full, sides.half):
+            state = chain.module.state_dict()
+            assert all(torch.equal(state[name], tensor) for name, tensor in fresh.items())
+
+
+def test_the_decoders_convolutions_can_be_probed_too(
+    source: Source, seen: Entry, tmp_path: Path
+) -> None:
+    specs = [s for s in family_of(source).layers(source) if s.component == "vae_decoder"][:2]
+    choices = [Choice(spec=spec, formats=("int8-channel", "fp16")) for spec in specs]
+    probe(Work(tmp_path), source, choices, seen, Machine())
+    for row in read_damages(tmp_path).values():
+        assert row["fp16"] == 0
+        assert 0 < row["int8-channel"] < 0.01
+
+
+def test_layers_that_no_observed_step_reaches_are_named(micro_wan: Path, tmp_path: Path) -> None:
+    source = source_of(with_two_experts(micro_wan, tmp_path / "wan"))
+    early = observed(source, tmp_path / "early", n_prompts=2, observe=(0,))
+    few = [
+        c
+        for c in _choices(source, ("int4-g64", "fp16"))
+        if c.spec.name.endswith("blocks.1.attn2.to_q")
+    ]
+    (tmp_path / "p").mkdir()
+    with pytest.raises(CalibrationError, match=r"transformer_2/blocks\.1\.attn2\.to_q") as caught:
+        probe(Work(tmp_path / "p"), source, few, early, Machine())
+    assert "1 layers saw no input" in str(caught.value)
+    assert not list((tmp_path / "p").glob("*.json"))
+
+
+def test_one_prompt_is_not_enough_to_judge_by(source: Source, tmp_path: Path) -> None:
+    alone = observed(source, tmp_path / "t", n_prompts=1)
+    with pytest.raises(CalibrationError, match="two or more"):
+        probe(Work(tmp_path), source, _choices(source), alone, Machine())
+
+
+def test_tables_whose_inputs_are_no_features_are_refused(
+    source: Source, seen: Entry, tmp_path: Path
+) -> None:
+    layers = family_of(source).layers(source)
+    blind = [spec for spec in layers if spec.component != "vae_decoder" and spec.kind != "linear"]
+    choices = [Choice(spec=spec, formats=("int8-channel", "fp16")) for spec in blind]
+    assert {spec.kind for spec in blind} == {"embedding", "conv3d"}
+    with pytest.raises(CalibrationError, match="cannot decide about these") as caught:
+        probe(Work(tmp_path), source, choices, seen, Machine())
+    assert "transformer/patch_embedding: its inputs are no features" in str(caught.value)
