@@ -133,12 +133,8 @@ def test_plan_tells_every_fate_and_the_sizes(hbxt: Run, micro_wan: Path) -> None
 
 
 @pytest.mark.parametrize("name", library.names("recipes"))
-def test_every_recipe_plans_on_a_small_wan(
-    name: str, micro_wan: Path, tmp_path: Path
-) -> None:
-    plan = pipeline.plan(
-        load_recipe(name), str(micro_wan), Store(tmp_path), machine=Machine()
-    )
+def test_every_recipe_plans_on_a_small_wan(name: str, micro_wan: Path, tmp_path: Path) -> None:
+    plan = pipeline.plan(load_recipe(name), str(micro_wan), Store(tmp_path), machine=Machine())
     assert {layer.spec.component for layer in plan.layers} == {
         "transformer",
         "text_encoder",

@@ -18,6 +18,7 @@ from hbxt_compress.algorithms.rotate import Rotate
 from hbxt_compress.algorithms.rounded import Rounded
 from hbxt_compress.algorithms.rtn import Rtn
 from hbxt_compress.algorithms.scale import Scale
+from hbxt_compress.algorithms.solver import SolverRefit
 from hbxt_compress.algorithms.transform import Mixing, Transform
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.stats import LayerInputs, Need
@@ -28,6 +29,7 @@ __all__ = [
     "PAIR_PREPARERS",
     "REFINERS",
     "ROUNDERS",
+    "SAMPLER_REFINERS",
     "AnyPreparer",
     "AnyRefiner",
     "AnyRounder",
@@ -87,4 +89,5 @@ ROUNDERS: Final[Mapping[str, type[Rounder]]] = {"rtn": Rtn, "gptq": Gptq}
 AnyRounder = one_of(ROUNDERS)
 
 REFINERS: Final[Mapping[str, type[Recover]]] = {"recover": Recover}
-AnyRefiner = one_of(REFINERS)
+SAMPLER_REFINERS: Final[Mapping[str, type[SolverRefit]]] = {"solver": SolverRefit}
+AnyRefiner = one_of({**REFINERS, **SAMPLER_REFINERS})

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -113,6 +113,13 @@ def _how(layer: LayerPlan, quantized: QuantizedModel) -> str:
     return f"{name} ({told})" if told else str(name)
 
 
+def _corrections(rounded: Entry | None) -> tuple[tuple[float, float, float], ...]:
+    """What a solver refit found for the experts, by rising timestep; () without one."""
+    files = sorted(rounded.folder.glob("*.sampler.json")) if rounded else []
+    found = [one for f in files for one in json.loads(f.read_text(encoding="utf-8"))["corrections"]]
+    return tuple(sorted((float(t), float(a), float(b)) for t, a, b in found))
+
+
 def _loss(layer: LayerPlan, quantized: QuantizedModel) -> dict[str, float | None]:
     if layer.quantized:
         return asdict(quantized.weights[layer.spec.name].loss)
@@ -178,7 +185,7 @@ def _manifest(
         },
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,
-        sampler=family.sampler(source),
+        sampler=replace(family.sampler(source), corrections=_corrections(rounded)),
         geometry=family.geometry(source),
         text_length=family.text_length(source),
         latent_shape=family.latent_shape(source),

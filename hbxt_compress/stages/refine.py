@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hbxt_compress.algorithms import AnyRefiner
+from hbxt_compress.algorithms import SAMPLER_REFINERS, AnyRefiner
 from hbxt_compress.algorithms.recover import Example
-from hbxt_compress.algorithms.solver import SolverRefit
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.layers import LayerName
@@ -73,14 +72,14 @@ def refine(
         full, half = (family.chain(source, component, one) for one in (module, student))
         if component == "text_encoder":
             for i, batch in text_batches(observed, n_held_out):
+                shown = batch.to(device)
                 with torch.no_grad():
-                    texts[i] = full.whole(*batch.full), half.whole(*batch.half)
+                    texts[i] = full.whole(*shown.full).cpu(), half.whole(*shown.half).cpu()
             _pass_on(work, component, own)
             continue
-        batches = transformer_batches(
-            observed, texts, n_held_out, sampler, second=component == "transformer_2"
-        )
-
+        second = component == "transformer_2"
+        shown_all = transformer_batches(observed, texts, n_held_out, sampler, second=second)
+        batches = [batch.to(device) for batch in shown_all]
         make = partial(_refined, work, component, full, half, batches, how, sampler)
         work.piece(f"{component}.safetensors", make)
     log.info("refine: done", extra={"progress": (1, 1, "refine")})
@@ -114,9 +113,8 @@ def _refined(
             f"{component}: tuning needs observed steps of its own, prompts to learn from and held-"
             "out ones to judge by; observe steps of both experts and hold out a prompt"
         )
-    for i, refiner in enumerate(how):
-        if isinstance(refiner, SolverRefit):
-            continue
+    solvers = tuple(SAMPLER_REFINERS.values())
+    for i, refiner in enumerate(one for one in how if not isinstance(one, solvers)):
         checkpoint = _Checkpoints(work.folder / f"{component}.{i}.checkpoint")
         before, after = refiner.tune(
             half.module,
@@ -127,7 +125,7 @@ def _refined(
             checkpoint,
         )
         log.info("refine: %s: velocity error %.4g, was %.4g", component, after, before)
-    for refiner in (one for one in how if isinstance(one, SolverRefit)):
+    for refiner in (one for one in how if isinstance(one, solvers)):
         try:
             fit = refiner.tune(
                 half.module, half.call, sides[False], sides[True], sampler.guidance_at

@@ -8,7 +8,7 @@ boundary are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class Batch:
     weight: float
     held_out: bool
     rows_BS: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        rows = None if self.rows_BS is None else self.rows_BS.to(device)
+        full, half = (tuple(t.to(device) for t in side) for side in (self.full, self.half))
+        return replace(self, full=full, half=half, rows_BS=rows)
 
 
 class SideBySide:

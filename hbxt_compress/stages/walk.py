@@ -17,7 +17,7 @@ from hbxt_compress.models import family_of
 from hbxt_compress.quantized import QuantizedWeight
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import Texts, text_batches, transformer_batches
-from hbxt_compress.stages.side_by_side import HEAD, TAIL, Batch, SideBySide
+from hbxt_compress.stages.side_by_side import HEAD, TAIL, SideBySide
 from hbxt_compress.trajectories import Trajectory
 
 __all__ = ["Station", "effective_weight", "members", "set_weights", "walk"]
@@ -58,7 +58,7 @@ def walk(
             batches = transformer_batches(trajectories, texts, n_held_out, sampler, second=second)
         if not batches:  # no observed step of this expert: its layers stay unseen
             continue
-        sides = SideBySide(full, half, [_on(batch, device) for batch in batches])
+        sides = SideBySide(full, half, [batch.to(device) for batch in batches])
         for piece in sides.pieces:
             yield Station(component=component, piece=piece, sides=sides)
             sides.advance(piece)
@@ -92,11 +92,3 @@ def effective_weight(weight: QuantizedWeight) -> Tensor:
     """The float32 O I matrix that a quantized weight multiplies the layer's own input with."""
     decoded_OI = FORMATS[weight.format].decode(weight.payload)
     return Transform.of(weight.payload).undo(decoded_OI)
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    moved = [tuple(t.to(device) for t in side) for side in (batch.full, batch.half)]
-    rows = None if batch.rows_BS is None else batch.rows_BS.to(device)
-    return Batch(
-        full=moved[0], half=moved[1], weight=batch.weight, held_out=batch.held_out, rows_BS=rows
-    )

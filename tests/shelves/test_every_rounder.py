@@ -30,9 +30,7 @@ def _inputs(n_inputs: int = 256, *, rows: int = 2000, takes_bias: bool = True) -
     """Correlated inputs with channels of different size, and a mean."""
     mixing = _gauss(n_inputs, n_inputs, seed=8) / n_inputs**0.5
     mixing *= torch.exp(0.5 * _gauss(n_inputs, seed=9))
-    fit, held_out = (
-        _stats(_gauss(rows, n_inputs, seed=seed) @ mixing + 0.3) for seed in (10, 11)
-    )
+    fit, held_out = (_stats(_gauss(rows, n_inputs, seed=seed) @ mixing + 0.3) for seed in (10, 11))
     return LayerInputs(fit=fit, held_out=held_out, takes_bias=takes_bias)
 
 

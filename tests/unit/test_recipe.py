@@ -61,7 +61,11 @@ def test_the_digest_changes_with_anything_that_is_said(tmp_path: Path) -> None:
         (", why: rest", ", why: ' '", ":6: rules[1].why: missing; say why"),
         ("use: rtn", "use: rtm", ":7: round.use: unknown name 'rtm' (did you mean 'rtn'?)"),
         ("search: none", "serch: none", ":7: round.serch: unknown key (did you mean 'search'?)"),
-        ("search: none", "search: nine", ":7: round.search: must be 'none', 'mse' or 'weighted', not 'nine' "),
+        (
+            "search: none",
+            "search: nine",
+            ":7: round.search: must be 'none', 'mse' or 'weighted', not 'nine' ",
+        ),
         ("round: {use: rtn, search: none}\n", "", ":1: round: missing; rules ask for int4-g64"),
         ("int4-g64", "fp16", ":7: round: nothing to round"),
         ("calibration: tiny", "calibration: tyni", ":3: calibration: unknown prompt set 'tyni' (d"),

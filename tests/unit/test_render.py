@@ -22,7 +22,11 @@ from hbxt_compress.render.table import byte_rows, metric_rows, notes, size
 from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
 
 _NO_FIGURES = {
-    "activations": "keep", "how": "rtn", "held_out": None, "g1_db": 3.0, "g2_db": 0.5,
+    "activations": "keep",
+    "how": "rtn",
+    "held_out": None,
+    "g1_db": 3.0,
+    "g2_db": 0.5,
     "limit_db": 4.25,
 }
 _NASTY = '</script><img src=x onerror="alert(1)"> | `*x*`'
