@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_show_prints_defaults_and_the_digest(hbxt: Run) -> None:
     assert hbxt("show", "w4a16") == 0
     shown = json.loads(hbxt.out)
     assert shown["digest"] == load_recipe("w4a16").digest
-    assert shown["round"] == {"use": "rtn", "search": "mse"}
+    assert shown["round"]["use"] == "gptq"
+    assert shown["round"]["damping"] == [0.001, 0.01, 0.1]  # a default
 
 
 def test_an_unknown_recipe_is_exit_code_2_with_a_suggestion(hbxt: Run) -> None:
@@ -110,26 +112,45 @@ def test_an_unknown_recipe_is_exit_code_2_with_a_suggestion(hbxt: Run) -> None:
 def test_every_mistake_of_a_recipe_is_told_at_once(hbxt: Run, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     text = library.find("recipes", "tiny").read_text()
-    path.write_text(text.replace("calibration:", "calibraton:").replace("use: rtn", "use: rtx"))
+    path.write_text(text.replace("calibration:", "calibraton:").replace("use: gptq", "use: gptx"))
     assert hbxt("plan", path) == 2
     assert "calibraton: unknown key (did you mean 'calibration'?)" in hbxt.err
     assert "calibration: missing" in hbxt.err
-    assert "round.use: unknown name 'rtx'" in hbxt.err
+    assert "round.use: unknown name 'gptx'" in hbxt.err
     assert hbxt.err.count(f"{path}:") == 3
 
 
 def test_plan_tells_every_fate_and_the_sizes(hbxt: Run, micro_wan: Path) -> None:
-    assert hbxt("plan", "w4a16", "--model", micro_wan) == 0
+    assert hbxt("plan", "w4a16-fast", "--model", micro_wan) == 0
     for text in ("int4-g128", "transformer", "text_encoder", "vae_decoder", "bits a weight"):
         assert text in hbxt.out
-    assert hbxt("plan", "w4a16", "--model", micro_wan, "--json") == 0
+    assert hbxt("plan", "w4a16-fast", "--model", micro_wan, "--json") == 0
     planned = json.loads(hbxt.out)
-    assert planned["recipe"]["digest"] == load_recipe("w4a16").digest
+    assert planned["recipe"]["digest"] == load_recipe("w4a16-fast").digest
     sizes = planned["components"]["transformer"]
     assert sizes["after"] < sizes["before"]
     formats = {layer["weights"] for layer in planned["layers"]}
     assert formats == {"int4-g128", "fp16"}
     assert all(layer["reason"] for layer in planned["layers"])
+
+
+def test_plan_of_a_budget_says_what_each_layer_would_cost(
+    hbxt: Run, micro_wan: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    text = library.find("recipes", "w4a16").read_text()
+    recipe.write_text(text.replace("calibration: standard", "calibration: tiny"))
+    asked = ("plan", recipe, "--model", micro_wan, "--store", tmp_path / "store")
+    assert hbxt(*asked) == 0
+    assert "decided by the budget; --layers tells why" in hbxt.out
+    assert hbxt(*asked, "--layers") == 0
+    assert "bytes more and save" in " ".join(hbxt.out.split())
+    assert hbxt(*asked, "--json") == 0
+    layers = json.loads(hbxt.out)["layers"]
+    chosen = [layer for layer in layers if layer["reason"].startswith("budget:")]
+    assert len({layer["weights"] for layer in chosen}) > 1
+    n_weights = sum(math.prod(layer["shape"]) for layer in chosen)
+    assert 8 * sum(layer["bytes_after"] for layer in chosen) <= 4.25 * n_weights
 
 
 @pytest.mark.parametrize("name", library.names("recipes"))
