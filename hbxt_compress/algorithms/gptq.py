@@ -66,7 +66,7 @@ class Gptq(Settings):
     Lists are candidates: the best on held-out rows is used, or the middle one if there are none.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     damping: Annotated[tuple[_Damping, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Added to the variance of each input, as a share of the mean variance."""
@@ -129,27 +129,33 @@ class Gptq(Settings):
     def _choose(
         self, weight_OI: Tensor, fit: Moments, judge: Judge, fmt: WeightFormat
     ) -> tuple[Problem, float]:
-        """Damping and correction, each best given the other, starting from the middle ones."""
+        """Damping and correction, each best given the other, starting from the middle ones.
+
+        All are judged on one grid, that of the middle ones: searching it takes most of the time.
+        """
         rows = torch.linspace(0, len(weight_OI) - 1, min(len(weight_OI), _JUDGED_ROWS)).long()
         some_OI = weight_OI[rows]
         problems = [fit.problem(damping, self.order) for damping in sorted(self.damping)]
         if len(problems) == len(self.correct) == 1:
             return problems[0], self.correct[0]
+        i, shares, before = len(problems) // 2, sorted(self.correct), None
+        j = len(shares) // 2
         base_OI = torch.zeros_like(some_OI)
         if fmt.rank:
-            pivots_I = problems[len(problems) // 2].factor.pivots_I
-            base_OI = branch(split_low_rank(weight_OI, pivots_I, fmt.rank))[rows]
-        shares = sorted(self.correct)
+            base_OI = branch(split_low_rank(weight_OI, problems[i].factor.pivots_I, fmt.rank))[rows]
+        middle_OI = problems[i].target(some_OI, shares[j]) - base_OI
+        importance_I = problems[i].importance(self.scale_weights)
+        grid = search_scales(middle_OI.float(), fmt, importance_I)
         known: dict[tuple[int, int], float] = {}
 
         def loss(i: int, j: int) -> float:
             if (i, j) not in known:
                 target_OI = problems[i].target(some_OI, shares[j]) - base_OI
-                rounded = self._rounded(target_OI, problems[i], fmt, polish=0)
-                known[i, j] = judge.loss(some_OI, rounded.rest_OI + base_OI)
+                nearest_OI = grid.levels(target_OI.float()).double()
+                levels_OI, _ = _nearer(target_OI, problems[i], grid, nearest_OI)
+                known[i, j] = judge.loss(some_OI, grid.value(levels_OI).double() + base_OI)
             return known[i, j]
 
-        i, j, before = len(problems) // 2, len(shares) // 2, None
         while before != (i, j):
             before = i, j
             by_damping = [loss(one, j) for one in range(len(problems))]

@@ -21,7 +21,7 @@ __all__ = ["Rtn"]
 class Rtn(Settings):
     """Round to nearest."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     search: Literal["none", "mse", "weighted"] = "mse"
     """How scales are chosen: from each group's range alone, by least squared error, or by least

@@ -52,26 +52,26 @@ def mix(
     makers: list[Any] = [p for p in preparers if isinstance(p, tuple(PAIR_PREPARERS.values()))]
     chosen: dict[str, str] = {}
     sides = station.sides
-    for pair in pairs:
-        if not makers or pair.first not in planned or pair.second not in planned:
-            continue
+    joined = [pair for pair in pairs if pair.first in planned and pair.second in planned]
+    if not makers or not joined:
+        return chosen
+    ends = [end for pair in joined for end in (pair.first, pair.second)]
+    inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance")
+    for pair in joined:
         first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
-        seen = [
-            sides.inputs(station.piece, path, "covariance") for path in (pair.first, pair.second)
-        ]
         candidates = [
             candidate
             for maker in makers
             if pair.joint in maker.JOINTS
             for candidate in maker.candidates(
-                first.weight.data, second.weight.data, seen[1], pair.n_heads
+                first.weight.data, second.weight.data, inputs[pair.second], pair.n_heads
             )
         ]
         name, mixing, _ = choose_mixing(
             first.weight.data,
             second.weight.data,
-            seen[0],
-            seen[1],
+            inputs[pair.first],
+            inputs[pair.second],
             (FORMATS[planned[pair.first].weights], FORMATS[planned[pair.second].weights]),
             candidates,
         )

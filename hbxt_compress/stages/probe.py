@@ -34,7 +34,7 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = ["FACTS", "VERSION", "probe", "read_damages"]
 
-VERSION = 1
+VERSION = 2
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
@@ -85,11 +85,14 @@ def _probe(
         done = len(choices) - len(waiting)
         where = f"{station.component} {station.piece}"
         log.info("probe: %s", where, extra={"progress": (done, len(choices), "probe")})
-        for group in station.sides.groups(station.piece, [spec.module for spec in own]):
-            inputs = station.sides.inputs(station.piece, group[0], "covariance")
+        if not own:
+            continue
+        groups = station.sides.groups(station.piece, [spec.module for spec in own])
+        inputs = station.sides.inputs(station.piece, [group[0] for group in groups], "covariance")
+        for group in groups:
             for module in group:
                 name = LayerName(f"{station.component}/{module}")
-                damages[name] = _damages(waiting.pop(name), inputs, station, followed)
+                damages[name] = _damages(waiting.pop(name), inputs[group[0]], station, followed)
     unseen = [name for name, choice in waiting.items() if choice.spec.component != _DECODER]
     if unseen:
         raise CalibrationError(

@@ -42,7 +42,7 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = ["FACTS", "VERSION", "quantize"]
 
-VERSION = 2
+VERSION = 3
 FACTS = ("torch",)
 log = logging.getLogger(__name__)
 _IDENTITY: Final = Transform()
@@ -146,7 +146,7 @@ def _piece(
         inputs, how, transform = None, IDENTITY, Transform()
         if needs:
             need: Need = "covariance" if "covariance" in needs else "moments"
-            inputs = sides.inputs(station.piece, group[0], need)
+            inputs = sides.inputs(station.piece, group[:1], need)[group[0]]
             how, transform = input_transform(station, group, planned, inputs, prepare)
         for module in group:
             layer, member = layer_at(sides.full.module, module), planned[module]

@@ -7,13 +7,13 @@ boundary are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hbxt_compress.chain import Carry, Chain, watch
+from hbxt_compress.chain import Carry, Chain, layer_at, watch
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.stats import LayerInputs, LayerStats, Need
 
@@ -69,42 +69,47 @@ class SideBySide:
                 groups.append((x, [name]))
         return [members for _, members in groups]
 
-    def inputs(self, piece: str, module: str, need: Need) -> LayerInputs:
-        """What one module is given at every batch, in both models.
+    def inputs(self, piece: str, modules: Sequence[str], need: Need) -> dict[str, LayerInputs]:
+        """What modules of a piece are given at every batch, in both models; one run a batch.
 
         Raises:
             CalibrationError: an input is not finite.
         """
-        layer = self.full.module.get_submodule(module)
-        sides: dict[bool, LayerStats] = {}
-        for batch, x, y in self._observed(piece, module):
-            if batch.held_out not in sides:
-                sides[batch.held_out] = LayerStats.empty(x.shape[-1], need)
-            try:
-                sides[batch.held_out].add(x, y, batch.weight)
-            except ValueError as error:
-                raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
+        found: dict[str, dict[bool, LayerStats]] = {module: {} for module in modules}
+        for batch, full, half in self._observed(piece, modules):
+            for module, sides in found.items():
+                x, y = _counted(batch, full[module]), _counted(batch, half[module])
+                if batch.held_out not in sides:
+                    sides[batch.held_out] = LayerStats.empty(x.shape[-1], need)
+                try:
+                    sides[batch.held_out].add(x, y, batch.weight)
+                except ValueError as error:
+                    raise CalibrationError(
+                        f"{module}: {error}; no statistics can be had"
+                    ) from None
+        return {module: self._inputs(module, sides) for module, sides in found.items()}
+
+    def _inputs(self, module: str, sides: Mapping[bool, LayerStats]) -> LayerInputs:
         if False not in sides:
             raise CalibrationError(f"{module}: no calibration rows; give more prompts")
         return LayerInputs(
             fit=sides[False],
             held_out=sides.get(True),
-            takes_bias=getattr(layer, "bias", None) is not None,
+            takes_bias=layer_at(self.full.module, module).bias is not None,
         )
 
-    def _observed(self, piece: str, module: str) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    def _observed(
+        self, piece: str, modules: Sequence[str]
+    ) -> Iterator[tuple[Batch, Mapping[str, Tensor], Mapping[str, Tensor]]]:
         for i, batch in enumerate(self.batches):
-            x, y = (
+            full, half = (
                 watch(
-                    {module: chain.module.get_submodule(module)},
+                    {module: chain.module.get_submodule(module) for module in modules},
                     self._runner(chain, piece, i),
-                )[module]
+                )
                 for chain in (self.full, self.half)
             )
-            rows = batch.rows_BS
-            if rows is not None and rows.shape == x.shape[:-1]:
-                x, y = x[rows], y[rows]
-            yield batch, x, y
+            yield batch, full, half
 
     def advance(self, piece: str) -> None:
         """Hands the states of both models on to the next piece."""
@@ -140,3 +145,9 @@ class SideBySide:
             return chain.head(*inputs)
         carry = self._carries[index][0 if chain is self.full else 1]
         return chain.tail(carry, *inputs) if piece == TAIL else chain.block(int(piece), carry)
+
+
+def _counted(batch: Batch, rows: Tensor) -> Tensor:
+    """The rows of a module's input that count."""
+    chosen = batch.rows_BS
+    return rows if chosen is None or chosen.shape != rows.shape[:-1] else rows[chosen]

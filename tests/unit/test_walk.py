@@ -240,7 +240,7 @@ def test_x_is_the_models_input_and_y_that_of_the_half_quantized_one(
     for station in walk(source, load_trajectories(seen.folder), 1, _CPU):
         own = [s for s in members(station, specs) if s.name not in visited]
         for spec in own:
-            inputs = station.sides.inputs(station.piece, spec.module, "covariance")
+            inputs = station.sides.inputs(station.piece, [spec.module], "covariance")[spec.module]
             rows = _rows(station.sides, fresh[station.component], spec.module)
             _check(inputs, rows)
             bias = fresh[station.component].get_submodule(spec.module).bias
@@ -287,9 +287,8 @@ def test_padding_does_not_count_in_the_text_encoder(source: Source, seen: Entry)
         if station.component != "text_encoder":
             break
         if station.piece == "000":
-            found = station.sides.inputs(
-                station.piece, "encoder.block.0.layer.0.SelfAttention.q", "moments"
-            )
+            module = "encoder.block.0.layer.0.SelfAttention.q"
+            found = station.sides.inputs(station.piece, [module], "moments")[module]
             assert found.fit.n == n_fit < 3 * 16
             assert found.held_out is not None
             assert found.held_out.n == int(trajectories[2].mask_1S.sum()) < 16
@@ -341,15 +340,15 @@ def test_statistics_that_cannot_be_had_are_an_error_with_a_name(
     module = "condition_embedder.text_embedder.linear_1"
     none = SideBySide(sides.full, sides.half, [_only(sides.batches[0], held_out=True)])
     with pytest.raises(CalibrationError, match=f"{module}: no calibration rows"):
-        none.inputs("head", module, "moments")
+        none.inputs("head", [module], "moments")
     alone = SideBySide(sides.full, sides.half, [_only(sides.batches[0], held_out=False)])
-    assert alone.inputs("head", module, "moments").held_out is None
+    assert alone.inputs("head", [module], "moments")[module].held_out is None
     latents, t, text = sides.batches[0].half
     bad = Batch(
         full=sides.batches[0].full, half=(latents, t, text * torch.nan), weight=1.0, held_out=False
     )
     with pytest.raises(CalibrationError, match=f"{module}: activations hold NaN"):
-        SideBySide(sides.full, sides.half, [bad]).inputs("head", module, "moments")
+        SideBySide(sides.full, sides.half, [bad]).inputs("head", [module], "moments")
 
 
 # --- quantize ------------------------------------------------------------------------------------
@@ -481,11 +480,14 @@ def test_each_group_is_rounded_on_what_the_groups_before_it_leave(
     inputs, family, asked = SideBySide.inputs, family_of(uneven), list[str]()
     fresh = {name: family.load(uneven, name) for name in ("text_encoder", "transformer")}
 
-    def checked(self: SideBySide, piece: str, module: str, need: Need) -> LayerInputs:
-        found = inputs(self, piece, module, need)
+    def checked(
+        self: SideBySide, piece: str, modules: Sequence[str], need: Need
+    ) -> dict[str, LayerInputs]:
+        found = inputs(self, piece, modules, need)
+        (module,) = modules
         component = "text_encoder" if module.startswith("encoder.") else "transformer"
         rows = _rows(self, fresh[component], module)
-        _check(found, rows)
+        _check(found[module], rows)
         asked.append(f"{component}/{module}")
         if "to_out" in module or "SelfAttention.o" in module:
             assert not any(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y, *_ in rows)
