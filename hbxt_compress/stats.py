@@ -79,8 +79,10 @@ class LayerStats:
             self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
             if self.products_yy_II is not None and self.products_xy_II is not None:
-                self.products_yy_II += weight * (shifted_y.T @ shifted_y)
-                self.products_xy_II += weight * (shifted_x.T @ shifted_y)
+                own_II = weight * (shifted_y.T @ shifted_y)
+                self.products_yy_II += own_II
+                cross_II = own_II if x is y else weight * (shifted_x.T @ shifted_y)
+                self.products_xy_II += cross_II
 
     def merged(self, other: LayerStats) -> LayerStats:
         """The statistics of both sets of rows."""

@@ -48,12 +48,12 @@ class Progress(Protocol):
 class Recover(Settings):
     """Recovery tuning with frozen codes."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     n_steps: Annotated[int, Field(ge=1)] = 300
-    scale_rate: Annotated[float, Field(gt=0)] = 3e-4
+    scale_rate: Annotated[float, Field(gt=0)] = 1e-3
     """largest change of a scale's logarithm a step"""
-    rate: Annotated[float, Field(gt=0)] = 1e-4
+    rate: Annotated[float, Field(gt=0)] = 2e-4
     """learning rate of biases, norms, modulation and low-rank factors"""
     seed: int = 0
 

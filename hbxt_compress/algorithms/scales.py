@@ -6,8 +6,9 @@ Asymmetric grids: (max - min) / (below + above) * r, with the two whole zeros ne
 the range. r runs from 0.24 to 1.36 by 0.06, by 0.03 near 1: steps three times finer find 0.004 dB
 more. Below 0.5 pays where few entries matter, above 1.12 where a group is small: with log-normal
 importances of sigma 2 and groups of 32 both are worth 0.1 dB, of sigma 3 0.3 dB. The best is
-refined in closed form if that helps, with u the importance s = sum(u w q) / sum(u q^2). Entries of no importance set no range. Every scale is
-rounded to float16 before levels are computed, so what is searched is what is stored.
+refined in closed form if that helps, with u the importance s = sum(u w q) / sum(u q^2). Entries of
+no importance set no range. Every scale is rounded to float16 before levels are computed, so what is
+searched is what is stored.
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ from hbxt_compress.stats import LayerInputs
 
 __all__ = ["Kept", "input_transform", "mix"]
 
+_THIN = (
+    5  # choosing a mixing takes fewer rows than rounding; no divisor of the steps times branches
+)
+
 
 class Kept:
     """Weights of a module as they were, to be put back: a resumed run must see the same ones."""
@@ -56,7 +60,7 @@ def mix(
     if not makers or not joined:
         return chosen
     ends = [end for pair in joined for end in (pair.first, pair.second)]
-    inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance")
+    inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance", thin=_THIN)
     for pair in joined:
         first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
         candidates = [

@@ -75,7 +75,7 @@ def _probe(
     waiting = {choice.spec.name: choice for choice in choices}
     damages: dict[str, dict[str, float]] = {}
     followed: _Followed | None = None
-    for station in walk(source, some, held_out, torch.device(on.device)):
+    for station in walk(source, some, held_out, torch.device(on.device), alone=True):
         if followed is None or followed.component != station.component:
             if followed is not None and followed.component == "text_encoder":
                 gain = _text_gain(station.sides)

@@ -7,7 +7,7 @@ boundary are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +43,10 @@ class Batch:
 
 
 class SideBySide:
-    """Two chains of one shape and what they have computed so far for every batch."""
+    """Two chains of one shape and what they have computed so far for every batch.
+
+    half: the full one itself where nothing will be quantized; then everything is computed once.
+    """
 
     def __init__(self, full: Chain, half: Chain, batches: Sequence[Batch]) -> None:
         self.full, self.half, self.batches = full, half, batches
@@ -69,24 +72,27 @@ class SideBySide:
                 groups.append((x, [name]))
         return [members for _, members in groups]
 
-    def inputs(self, piece: str, modules: Sequence[str], need: Need) -> dict[str, LayerInputs]:
+    def inputs(
+        self, piece: str, modules: Sequence[str], need: Need, *, thin: int = 1
+    ) -> dict[str, LayerInputs]:
         """What modules of a piece are given at every batch, in both models; one run a batch.
+
+        thin: of the batches to learn from only every so many are run; all of the held-out ones are.
 
         Raises:
             CalibrationError: an input is not finite.
         """
         found: dict[str, dict[bool, LayerStats]] = {module: {} for module in modules}
-        for batch, full, half in self._observed(piece, modules):
+        for batch, full, half in self._observed(piece, modules, thin):
             for module, sides in found.items():
-                x, y = _counted(batch, full[module]), _counted(batch, half[module])
+                x = _counted(batch, full[module])
+                y = x if half is full else _counted(batch, half[module])
                 if batch.held_out not in sides:
                     sides[batch.held_out] = LayerStats.empty(x.shape[-1], need)
                 try:
                     sides[batch.held_out].add(x, y, batch.weight)
                 except ValueError as error:
-                    raise CalibrationError(
-                        f"{module}: {error}; no statistics can be had"
-                    ) from None
+                    raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
         return {module: self._inputs(module, sides) for module, sides in found.items()}
 
     def _inputs(self, module: str, sides: Mapping[bool, LayerStats]) -> LayerInputs:
@@ -99,24 +105,29 @@ class SideBySide:
         )
 
     def _observed(
-        self, piece: str, modules: Sequence[str]
+        self, piece: str, modules: Sequence[str], thin: int
     ) -> Iterator[tuple[Batch, Mapping[str, Tensor], Mapping[str, Tensor]]]:
         for i, batch in enumerate(self.batches):
-            full, half = (
-                watch(
-                    {module: chain.module.get_submodule(module) for module in modules},
-                    self._runner(chain, piece, i),
-                )
-                for chain in (self.full, self.half)
-            )
+            if i % thin and not batch.held_out:
+                continue
+            full = self._watched(self.full, piece, modules, i)
+            alike = self.half is self.full
+            half = full if alike else self._watched(self.half, piece, modules, i)
             yield batch, full, half
+
+    def _watched(
+        self, chain: Chain, piece: str, modules: Sequence[str], index: int
+    ) -> dict[str, Tensor]:
+        named = {module: chain.module.get_submodule(module) for module in modules}
+        return watch(named, lambda: self._run(chain, piece, index))
 
     def advance(self, piece: str) -> None:
         """Hands the states of both models on to the next piece."""
-        results = [
-            (self._run(self.full, piece, i), self._run(self.half, piece, i))
-            for i in range(len(self.batches))
-        ]
+        results = []
+        for i in range(len(self.batches)):
+            full = self._run(self.full, piece, i)
+            alike = self.half is self.full
+            results.append((full, full if alike else self._run(self.half, piece, i)))
         if piece == TAIL:
             self.outputs = results
         else:
@@ -133,9 +144,6 @@ class SideBySide:
         for k in range(first, len(self.full.blocks)):
             carry = self.full.block(k, carry)
         return self.full.tail(carry, *batch.full)
-
-    def _runner(self, chain: Chain, piece: str, index: int) -> Callable[[], object]:
-        return lambda: self._run(chain, piece, index)
 
     def _run(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
         """A piece of one model on one batch: a Carry, or the output from the tail."""

@@ -33,12 +33,17 @@ class Station:
 
 
 def walk(
-    source: Source, trajectories: Sequence[Trajectory], n_held_out: int, device: torch.device
+    source: Source,
+    trajectories: Sequence[Trajectory],
+    n_held_out: int,
+    device: torch.device,
+    *,
+    alone: bool = False,
 ) -> Iterator[Station]:
     """Every piece of every component that can be observed, in the order in which they run.
 
     Who receives a station changes `sides.half` as they like; on the next one both models have
-    passed it.
+    passed it. alone: there is no second model, `sides.half` is `sides.full`.
     """
     family = family_of(source)
     sampler = family.sampler(source)
@@ -47,9 +52,8 @@ def walk(
         if component not in family.chained:
             continue
         module = family.load(source, component).to(device)
-        full, half = (
-            family.chain(source, component, one) for one in (module, copy.deepcopy(module))
-        )
+        full = family.chain(source, component, module)
+        half = full if alone else family.chain(source, component, copy.deepcopy(module))
         if component == "text_encoder":
             numbered = text_batches(trajectories, n_held_out)
             batches = [batch for _, batch in numbered]

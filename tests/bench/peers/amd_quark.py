@@ -4,7 +4,9 @@ RTN and SVDQuant quantize the diffusers module as it is. GPTQ, GPTAQ, Qronos and
 the decoder blocks of a language model and replay the *last* sample's other arguments for every
 sample, which would mix up Wan's text and timestep, so they get wan.Packed. Quark's AWQ and
 SmoothQuant fold scales into the operation before a layer; Wan's norms have no weights to take them.
-Bytes are those of what export_safetensors writes for the blocks' weights.
+Bytes are those of what export_safetensors writes for the blocks' weights. It refuses wan.Packed,
+and leaves the codes of layers that were quantized inside it in 16 bit in the diffusers module that
+shares them: those codes and zero points are counted as the 4 bits that the other methods store.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _INSIDE = [
     *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
     *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"),
 ]
+_WIDER = {"weight torch.float16": 4, "zero_point torch.int32": 8}  # than the 4 bits they need
 _OTHERS = ["condition_embedder*", "proj_out*"]
 
 
@@ -44,9 +47,11 @@ def _quantize(case: host.Case, scheme: str, algorithm: Any = None) -> host.Outco
     # SVDQuant stores its factors in the model's dtype, and rounds a float32 model to bfloat16
     svd = isinstance(algorithm, SVDQuantConfig)
     dtype = torch.float16 if svd else torch.float32
-    model: nn.Module = wan.load(case.transformer, dtype)
+    whole = wan.load(case.transformer, dtype)
+    model: nn.Module = whole
+    packed = algorithm is not None and not svd
     rows: list[dict[str, torch.Tensor]] = wan.samples(case.inputs, dtype)
-    if algorithm is not None and not svd:
+    if packed:
         model = wan.Packed(model, rows)
         rows = [{"hidden_states": row} for row in model.rows]
     config = QConfig(
@@ -68,7 +73,9 @@ def _quantize(case: host.Case, scheme: str, algorithm: Any = None) -> host.Outco
             weight = weight + low.l2.weight.float() @ low.l1.weight.float()
         weights[name] = weight
     settings = {"scheme": scheme, "algorithm": algorithm}
-    stored = _exported(model.half(), case.out / "export")
+    stored = _exported((whole if packed else model).half(), case.out / "export")
+    if packed:
+        stored = {kind: size // _WIDER.get(kind, 1) for kind, size in stored.items()}
     return host.Outcome(wan.to_numpy(weights), stored, settings)
 
 
