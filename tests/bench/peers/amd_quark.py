@@ -100,15 +100,9 @@ METHODS = {
     "RTN int4 g128": partial(_quantize, scheme="int4_wo_128"),
     "RTN uint4 g128": partial(_quantize, scheme="uint4_wo_128"),
     "GPTQ int4 g128": partial(_quantize, scheme="int4_wo_128", algorithm=_walk(GPTQConfig)),
-    "GPTQ uint4 g128": partial(_quantize, scheme="uint4_wo_128", algorithm=_walk(GPTQConfig)),
     "GPTQ int4 g64": partial(_quantize, scheme="int4_wo_64", algorithm=_walk(GPTQConfig)),
     "GPTAQ int4 g64": partial(_quantize, scheme="int4_wo_64", algorithm=_walk(GPTAQConfig)),
     "Qronos int4 g64": partial(_quantize, scheme="int4_wo_64", algorithm=_walk(QronosConfig)),
-    "SVDQuant w4a16 rank 1": partial(
-        _quantize,
-        scheme="int4_wo_128",
-        algorithm=SVDQuantConfig(svd_rank=1, exclude_patterns=_OTHERS),
-    ),
     "SVDQuant w4a16 rank 32": partial(
         _quantize,
         scheme="int4_wo_64",

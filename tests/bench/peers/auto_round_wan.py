@@ -64,8 +64,6 @@ METHODS = {
     "RTN optimized g128": partial(_tune, group=128, iters=0),
     "200 iters g128": partial(_tune, group=128, iters=200),
     "200 iters g64": partial(_tune, group=64, iters=200),
-    "200 iters asymmetric g128": partial(_tune, group=128, iters=200, sym=False),
-    "1000 iters g128": partial(_tune, group=128, iters=1000),
     "1000 iters g64": partial(_tune, group=64, iters=1000),
 }
 

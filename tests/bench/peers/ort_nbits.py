@@ -119,8 +119,6 @@ METHODS = {
     "k_quant g64": partial(_block_quantizer, algorithm=nbits.KQuantWeightOnlyQuantConfig, block=64),
     "HQQ g128": partial(_block_quantizer, algorithm=nbits.HQQWeightOnlyQuantConfig, block=128),
     "GPTQ g128": partial(_gptq, block=128, scheme="asym"),
-    "GPTQ symmetric g128": partial(_gptq, block=128, scheme="sym"),
-    "GPTQ mse g128": partial(_gptq, block=128, scheme="asym", mse=True),
     "GPTQ mse g64": partial(_gptq, block=64, scheme="asym", mse=True),
 }
 
