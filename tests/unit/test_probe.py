@@ -169,8 +169,8 @@ def test_probing_leaves_both_models_as_they_were(
 ) -> None:
     found: dict[str, SideBySide] = {}
 
-    def record(*args: Any) -> Iterator[Station]:
-        for station in walk(*args):
+    def record(*args: Any, **how: Any) -> Iterator[Station]:
+        for station in walk(*args, **how):
             found[station.component] = station.sides
             yield station
 
