@@ -99,7 +99,6 @@ class Int8Token:
         shape = _checked(graph, name, x, n_in)
         out_shape, token_shape = (*shape[:-1], n_out), (*shape[:-1], 1)
         middle = _constant(graph, x, "uint8.middle", torch.tensor(_MIDDLE, dtype=torch.uint8))
-        zero = _constant(graph, x, "int8.zero", torch.tensor(0, dtype=torch.int8))
         last = _constant(graph, x, "axes.last", torch.tensor([-1]))
         every = _constant(graph, x, f"axes.{len(shape)}", torch.arange(len(shape)))
         floor = _constant(graph, x, "activation.floor", torch.tensor(_FLOOR))
@@ -120,7 +119,7 @@ class Int8Token:
         weight = graph.initializer(f"{name}.codes", payload["codes"].T)
         scales = graph.float32(f"{name}.scales", payload["scales"])
         total = graph.node(
-            "MatMulInteger", [codes, weight, middle, zero], shape=out_shape, dtype=ir.DataType.INT32
+            "MatMulInteger", [codes, weight, middle], shape=out_shape, dtype=ir.DataType.INT32
         )
         total = graph.node("Cast", [total], shape=out_shape, to=int(ir.DataType.FLOAT))
         scales = graph.node("Mul", [top, scales], shape=(n_out,))
@@ -170,7 +169,7 @@ class Int8Tensor:
         n_out, n_in = payload["codes"].shape
         shape = _checked(graph, name, x, n_in)
         out_shape = (*shape[:-1], n_out)
-        zero = _constant(graph, x, "int8.zero", torch.tensor(0, dtype=torch.int8))
+        zero = _constant(graph, x, f"{x.name}.zero", torch.tensor(0, dtype=torch.int8))
         unit = _constant(graph, x, "activation.unit", torch.tensor(_UNIT))
         into, back = (
             _constant(graph, x, f"activation.times.{factor.item():.9g}", factor)

@@ -16,12 +16,8 @@ from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs, GraphSpec
 __all__ = ["SESSION_OPTIONS", "Parity", "measure_parity", "require_parity", "run_graph"]
 
 # ONNX Runtime turns DequantizeLinear + MatMul into an 8-bit kernel whose default rounds activations
-# to 8 bit; level 1 computes in float32. On x86 processors without VNNI its integer products of
-# uint8 and int8 saturate; the second option takes a slower kernel there that does not.
-SESSION_OPTIONS: Mapping[str, str] = {
-    "session.qdq_matmulnbits_accuracy_level": "1",
-    "session.x64quantprecision": "1",
-}
+# to 8 bit; level 1 computes in float32.
+SESSION_OPTIONS: Mapping[str, str] = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 _QUIET = 3
 
@@ -45,6 +41,8 @@ def run_graph(file: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     options.log_severity_level = _QUIET
     for key, value in SESSION_OPTIONS.items():
         options.add_session_config_entry(key, value)
+    # heeded only where integer products would saturate, as in runtime/session.py
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
     return [torch.from_numpy(output) for output in session.run(None, feeds)]

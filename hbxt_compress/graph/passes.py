@@ -201,7 +201,8 @@ def clean_up(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
-        common.DeduplicateInitializersPass(size_limit=64),
+        # not vectors: ONNX Runtime fails where layers share zero points that it makes unsigned
+        common.DeduplicateInitializersPass(size_limit=8),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     ):

@@ -85,6 +85,7 @@ def found(store: Store) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.timeout(900)  # four recipes on the shipped model, one of them calibrated
 def test_fewer_bits_cost_quality_in_the_order_of_the_recipes(
     found: dict[str, dict[str, float]],
 ) -> None:
@@ -95,6 +96,7 @@ def test_fewer_bits_cost_quality_in_the_order_of_the_recipes(
     assert found["fp16"]["latent_error"] == 0  # the model ships in float16
 
 
+@pytest.mark.timeout(900)
 def test_calibration_pays_at_the_same_bytes(found: dict[str, dict[str, float]]) -> None:
     """Both store int4-g128; three prompts already halve the error."""
     assert found["tiny"]["bytes"] < 1.02 * found["w4a16-fast"]["bytes"]
