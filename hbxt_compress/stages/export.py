@@ -32,7 +32,7 @@ from hbxt_compress.store import Entry, Work
 
 __all__ = ["FACTS", "VERSION", "export"]
 
-VERSION = 1
+VERSION = 2
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")
