@@ -217,10 +217,13 @@ def _decide(
     in_full: Callable[[_Map], float] | None,
     least_gain_db: float,
 ) -> tuple[str, _Map, float]:
-    """The best candidate if it beats the identity by enough; ties go to the earlier one."""
+    """The best candidate if it beats the identity by enough; ties go to the earlier one.
+
+    Errors alike to nine digits tie: the last ones depend on the number of threads.
+    """
     base = estimate(identity)
     tried = [(estimate(candidate), name, candidate) for name, candidate in candidates]
-    best = sorted((one for one in tried if one[0] < base), key=lambda one: one[0])
+    best = sorted((one for one in tried if one[0] < base), key=lambda one: _rounded(one[0]))
     if not best:
         return IDENTITY, identity, 0.0
     if in_full is not None:
@@ -228,12 +231,16 @@ def _decide(
         finals = [
             (in_full(candidate), name, candidate) for _, name, candidate in best[:_N_FINALISTS]
         ]
-        best = sorted((one for one in finals if one[0] < base), key=lambda one: one[0])
+        best = sorted((one for one in finals if one[0] < base), key=lambda one: _rounded(one[0]))
     if not best:
         return IDENTITY, identity, 0.0
     error, name, chosen = best[0]
     gain_db = 10 * math.log10(base / max(error, 1e-30))
     return (name, chosen, gain_db) if gain_db >= least_gain_db else (IDENTITY, identity, 0.0)
+
+
+def _rounded(error: float) -> float:
+    return float(f"{error:.9g}")
 
 
 def _estimate(weight_OI: Tensor, fmt: WeightFormat, price: _Price, output: float) -> float:

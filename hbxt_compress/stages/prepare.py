@@ -23,9 +23,8 @@ from hbxt_compress.stats import LayerInputs
 
 __all__ = ["Kept", "input_transform", "mix"]
 
-_THIN = (
-    5  # choosing a mixing takes fewer rows than rounding; no divisor of the steps times branches
-)
+# Choosing a mixing takes fewer rows than rounding; 5 batches on is another step and another branch.
+_THIN = 5
 
 
 class Kept:

@@ -395,7 +395,7 @@ def test_a_sorted_second_layer_gains_where_columns_differ_and_the_first_has_no_s
     assert gain > 0.5
     assert mixing.order_F is not None
     both = choose_mixing(first, second, of_first, inputs, (_INT4, _INT4), candidates)
-    assert both[0].startswith("sorted")  # inputs are white: its powers differ by rounding alone
+    assert both[0] == name == "sorted 0.5"  # "sorted 1" makes the same groups: the earlier one
     assert 0.05 < both[2] < gain  # the mean over two layers, one of which is as before
 
 
