@@ -37,13 +37,15 @@ class LayerPlan:
     """One weight's fate.
 
     weights: a format's name; activations: what its input is stored as, or keep; how: what rounds
-    it, None in full precision; rule: index of the deciding rule.
+    it, None in full precision; prepared: whether the recipe's preparers look at it; rule: index of
+    the deciding rule.
     """
 
     spec: LayerSpec
     weights: str
     activations: str
     how: AnyRounder | None
+    prepared: bool = False
     rule: int
     reason: str
 
@@ -56,12 +58,12 @@ class LayerPlan:
 
     @property
     def need(self) -> Need | None:
-        """What must be known of the layer's inputs, by its algorithm or to round them."""
-        if self.how is not None and self.how.need is not None:
-            return self.how.need
-        if self.activations != "keep" and ACTIVATIONS[self.activations].calibrated:
-            return "moments"
-        return None
+        """What must be known of the layer's inputs, by its algorithms or to round them."""
+        rounder = None if self.how is None else self.how.need
+        if self.prepared or rounder == "covariance":
+            return "covariance"
+        static = self.activations != "keep" and ACTIVATIONS[self.activations].calibrated
+        return "moments" if static else rounder
 
     def key(self) -> object:
         """What stands for this fate in a result's key: not why it was chosen."""
@@ -169,12 +171,14 @@ def make_plan(
     for spec, index, _ in fates:
         rule = recipe.rules[index]
         weights, why = decided[spec.name]
+        how = None if weights in FULL_PRECISION else rule.round or recipe.round
         layers.append(
             LayerPlan(
                 spec=spec,
                 weights=weights,
                 activations=rule.activations,
-                how=None if weights in FULL_PRECISION else rule.round or recipe.round,
+                how=how,
+                prepared=how is not None and bool(recipe.prepare) and spec.kind == "linear",
                 rule=index,
                 reason=why or rule.why or recipe.summary,
             )

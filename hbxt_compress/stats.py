@@ -2,12 +2,13 @@
 
 x is a layer's input in full precision, y its input once everything before it is quantized, both at
 the same state of the same trajectory. Sums are kept, not averages, in float64 and shifted by the
-mean of the first rows against cancellation; partial results merge in any order to 1e-9.
+mean of the first rows against cancellation; partial results merge in any order to 1e-9. A few rows
+are kept as they are, for errors that no sum tells.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ Need = Literal["moments", "covariance"]
 """moments: means, squares and largest values. covariance: also E[y y^T] and E[x y^T]."""
 
 _ROWS_AT_ONCE = 4096  # of float32 products between additions to the float64 sums
+_EXAMPLES = 2  # rows kept of each tensor that is added
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +30,7 @@ class LayerStats:
     n: rows seen. weight: sum of their weights. shift_I: what is subtracted from x and y in the
     sums below. total_x_I, total_y_I, squares_y_I: sums. absmax_I: max |y|, unshifted, unweighted.
     products_yy_II, products_xy_II: sums of y y^T and x y^T, or None where nobody needs them.
+    examples: some rows y, float32 N I each, unshifted, whatever their weight.
     """
 
     n: int
@@ -39,6 +42,7 @@ class LayerStats:
     absmax_I: Tensor
     products_yy_II: Tensor | None = None
     products_xy_II: Tensor | None = None
+    examples: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(cls, n_inputs: int, need: Need) -> LayerStats:
@@ -72,6 +76,8 @@ class LayerStats:
         self.n += rows_x.shape[0]
         self.weight += weight * rows_x.shape[0]
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
+        at = [(2 * k + 1) * len(rows_y) // (2 * _EXAMPLES) for k in range(_EXAMPLES)]
+        self.examples.append(rows_y[at])
         chunks = zip(rows_x.split(_ROWS_AT_ONCE), rows_y.split(_ROWS_AT_ONCE), strict=True)
         for chunk_x, chunk_y in chunks:
             shifted_x, shifted_y = (c.double() - self.shift_I for c in (chunk_x, chunk_y))
@@ -79,9 +85,10 @@ class LayerStats:
             self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
             if self.products_yy_II is not None and self.products_xy_II is not None:
-                own_II = weight * (shifted_y.T @ shifted_y)
+                left, right = shifted_x.float(), shifted_y.float()
+                own_II = weight * (right.T @ right).double()
                 self.products_yy_II += own_II
-                cross_II = own_II if x is y else weight * (shifted_x.T @ shifted_y)
+                cross_II = own_II if x is y else weight * (left.T @ right).double()
                 self.products_xy_II += cross_II
 
     def merged(self, other: LayerStats) -> LayerStats:
@@ -99,6 +106,7 @@ class LayerStats:
             absmax_I=torch.maximum(self.absmax_I, moved.absmax_I),
             products_yy_II=_sum(self.products_yy_II, moved.products_yy_II),
             products_xy_II=_sum(self.products_xy_II, moved.products_xy_II),
+            examples=[*self.examples, *moved.examples],
         )
 
     def shifted(self, shift_I: Tensor) -> LayerStats:
@@ -119,6 +127,7 @@ class LayerStats:
             absmax_I=self.absmax_I,
             products_yy_II=yy,
             products_xy_II=xy,
+            examples=self.examples,
         )
 
     @property
@@ -169,6 +178,15 @@ class LayerInputs:
     fit: LayerStats
     held_out: LayerStats | None
     takes_bias: bool
+
+    def without_products(self) -> LayerInputs:
+        """The same without covariances, which are costly to transform."""
+        sides = [
+            one and replace(one, products_yy_II=None, products_xy_II=None)
+            for one in (self.fit, self.held_out)
+        ]
+        assert sides[0] is not None
+        return replace(self, fit=sides[0], held_out=sides[1])
 
     def everything(self) -> LayerStats:
         """Both sets of rows together."""

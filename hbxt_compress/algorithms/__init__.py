@@ -18,6 +18,7 @@ from hbxt_compress.algorithms.rotate import Rotate
 from hbxt_compress.algorithms.rounded import Rounded
 from hbxt_compress.algorithms.rtn import Rtn
 from hbxt_compress.algorithms.scale import Scale
+from hbxt_compress.algorithms.smooth_quant import SmoothQuant
 from hbxt_compress.algorithms.solver import SolverRefit
 from hbxt_compress.algorithms.transform import Mixing, Transform
 from hbxt_compress.formats import WeightFormat
@@ -81,7 +82,11 @@ class Rounder(Protocol):
         """The weight in a format; weight_OI: float32. inputs is None only where need is None."""
 
 
-INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {"scale": Scale, "hadamard": Hadamard}
+INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {
+    "scale": Scale,
+    "smooth": SmoothQuant,
+    "hadamard": Hadamard,
+}
 PAIR_PREPARERS: Final[Mapping[str, type[PairPreparer]]] = {"rotate": Rotate, "permute": Permute}
 AnyPreparer = one_of({**INPUT_PREPARERS, **PAIR_PREPARERS})
 

@@ -4,8 +4,10 @@ First by a cheap estimate. Rounding with feedback leaves (W - Q) H (W - Q)^T = s
 e_j the rounding error of column j and d_j the pivots of H = B D B^T; on other rows, of covariance
 H', the d_j become the diagonal of B^-1 H' B^-T. So scales are searched for the fitting rows'
 pivots, the nearest levels give e_j, and the held-out rows say what they cost, an overfitted
-feedback included. Then, where the caller has the time, the best two are rounded in full.
-Errors are relative to the layer's output, which no candidate changes, and so comparable.
+feedback included. Rounding the input costs what it does to some held-out rows; the two errors have
+nothing to do with each other and add up. Then, where the caller has the time, the best two are
+rounded in full. Errors are relative to the layer's output, which no candidate changes, and so
+comparable.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from hbxt_compress.algorithms.low_rank import branch, split_low_rank
 from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.algorithms.transform import Mixing, Transform, channel_power
 from hbxt_compress.formats import WeightFormat
+from hbxt_compress.formats.activations import ActivationFormat
 from hbxt_compress.stats import LayerInputs
 
 __all__ = [
@@ -123,29 +126,35 @@ def choose_transform(
     candidates: Iterable[tuple[str, Transform]],
     least_gain_db: float = 0.3,
     finish: Finish | None = None,
+    activation: ActivationFormat | None = None,
 ) -> tuple[str, Transform, float]:
     """Name, transform and gain in dB for layers of one input; the identity unless one gains enough.
 
     weights: O I of each layer, and fmts its format; the mean of their relative errors counts, of
-    those that have codes. The gain is the estimate's, or that of `finish` if given.
+    those that have codes. activation: what their input is rounded to. The gain is the estimate's,
+    or that of `finish` if given, which knows no activation.
     """
     if inputs.held_out is None:
         return UNJUDGED, Transform(), 0.0
     layers = [(w, fmt) for w, fmt in zip(weights, fmts, strict=True) if any(fmt.n_levels)]
     if not layers:
         return IDENTITY, Transform(), 0.0
-    plain = _Price.of(inputs)
+    plain, bare = _Price.of(inputs), inputs.without_products()
     kept = [_energy(_sample(weight_OI), _held_out(inputs)) for weight_OI, _ in layers]
 
     def estimate(transform: Transform) -> float:
+        seen = transform.inputs(inputs if transform.block else bare)
         if transform.block:
-            price = _Price.of(transform.inputs(inputs))
+            price = _Price.of(seen)
         else:  # in one order and without damping, d -> r^2 d is exact
             price = plain.mapped(lambda d_I: transform.apply(transform.apply(d_I)))
-        return _mean(
-            _estimate(transform.weight(_sample(weight_OI)), fmt, price, energy)
-            for (weight_OI, fmt), energy in zip(layers, kept, strict=True)
-        )
+        errors = []
+        for (weight_OI, fmt), energy in zip(layers, kept, strict=True):
+            rows_OI = transform.weight(_sample(weight_OI))
+            errors.append(_estimate(rows_OI, fmt, price, energy))
+            if activation is not None:
+                errors[-1] += _of_input(rows_OI, seen, activation, energy)
+        return _mean(errors)
 
     def in_full(transform: Transform, finish: Finish) -> float:
         seen = transform.inputs(inputs)
@@ -248,6 +257,19 @@ def _estimate(weight_OI: Tensor, fmt: WeightFormat, price: _Price, output: float
     grid = search_scales(weight_OI, fmt, price.fit_I.float())
     error_OI = (weight_OI - grid.value(grid.levels(weight_OI))).double()
     return float(error_OI.square().sum(0) @ price.held_out_I) / output if output > 0 else 0.0
+
+
+def _of_input(
+    weight_OI: Tensor, inputs: LayerInputs, activation: ActivationFormat, output: float
+) -> float:
+    """Relative output error of rounding the input alone, on held-out rows; 0 if the output is."""
+    assert inputs.held_out is not None
+    if output <= 0:
+        return 0.0
+    rows_NI = torch.cat(inputs.held_out.examples).float()
+    rounded_NI = activation.apply(rows_NI, activation.payload(inputs.everything().absmax_I))
+    lost_NO = (rounded_NI - rows_NI) @ weight_OI.T
+    return float(lost_NO.double().square().sum()) / len(rows_NI) / output
 
 
 def _sample(weight_OI: Tensor) -> Tensor:

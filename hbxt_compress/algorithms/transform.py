@@ -244,6 +244,7 @@ def _carried(
         absmax_I=absmax_I,
         products_yy_II=yy,
         products_xy_II=xy,
+        examples=[along(rows_y) for rows_y in stats.examples],
     )
 
 

@@ -16,6 +16,7 @@ from hbxt_compress.algorithms.choose import IDENTITY, choose_mixing, choose_tran
 from hbxt_compress.algorithms.transform import Transform
 from hbxt_compress.chain import layer_at
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.layers import Pair
 from hbxt_compress.plan import LayerPlan
 from hbxt_compress.stages.walk import Station
@@ -110,5 +111,7 @@ def input_transform(
     ]
     candidates = [one for maker in makers for one in maker.candidates(weights, inputs)]
     fmts = [FORMATS[planned[module].weights] for module in group]
-    name, transform, _ = choose_transform(weights, inputs, fmts, candidates)
+    rounded = [ACTIVATIONS.get(planned[module].activations) for module in group]
+    activation = next((one for one in rounded if one is not None), None)
+    name, transform, _ = choose_transform(weights, inputs, fmts, candidates, activation=activation)
     return name, transform

@@ -42,7 +42,7 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = ["FACTS", "VERSION", "quantize"]
 
-VERSION = 4
+VERSION = 5
 FACTS = ("torch",)
 log = logging.getLogger(__name__)
 _IDENTITY: Final = Transform()

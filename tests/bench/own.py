@@ -32,7 +32,7 @@ from hbxt_compress.store import Store
 
 __all__ = ["OWN", "OwnArtifact", "graph_velocity", "make_own"]
 
-OWN = ("w4a16-fast", "w4a16", "w4a16-budget", "w8a16", "w8a8")
+OWN = ("w4a16-fast", "w4a16", "w8a16", "w8a8", "w8a8-static", "w4a16-budget")
 _TEXT_ENCODER = "text_encoder/encoder"
 _NIBBLES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 _DTYPE = onnx.helper.tensor_dtype_to_np_dtype

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -31,6 +32,8 @@ from safetensors.torch import load_file
 from table import write_markdown, write_svg
 from torch import Tensor
 
+import hbxt_compress
+from hbxt_compress.library import find
 from hbxt_compress.machine import Machine
 from hbxt_compress.source import BUILTIN, locate
 
@@ -51,8 +54,8 @@ Row = dict[str, Any]
 class Bench:
     """One run: where things lie, and who judges."""
 
-    def __init__(self, out: Path, pip_args: list[str], *, clips: bool) -> None:
-        self.out, self.pip_args, self.inputs = out, pip_args, out / "inputs"
+    def __init__(self, out: Path, pip_args: list[str], *, clips: bool, limit: float) -> None:
+        self.out, self.pip_args, self.inputs, self.limit = out, pip_args, out / "inputs", limit
         make_inputs(self.inputs)
         self.weights = judge.linears()
         self.n_weights = sum(one.numel() for one in self.weights.values())
@@ -77,6 +80,7 @@ class Bench:
                 folder / "ran.json",
                 [script, script.with_suffix(".txt"), *_SHARED, self.inputs / CALIBRATION],
                 partial(self._ran, tool, python, script, method, folder),
+                self.limit,
             )
             if "error" not in row:
                 weights = folder / "weights.safetensors"
@@ -89,18 +93,26 @@ class Bench:
             yield row
 
     def own_rows(self) -> Iterator[Row]:
-        """A row for each of this project's recipes; always made again, as the code changes."""
+        """A row for each of this project's recipes; made again when any of its code changes."""
+        package = sorted(Path(hbxt_compress.__file__).parent.rglob("*.py"))
+        bench = sorted(Path(__file__).parent.glob("*.py"))
         for recipe in OWN:
             log.info("hbxt_compress: %s", recipe)
-            try:
-                made = make_own(recipe, self.out, self.n_weights)
-            except (RuntimeError, OSError) as error:
-                yield {"tool": "hbxt_compress", "version": "", "method": recipe,
-                       "error": _short(str(error))}  # fmt: skip
-                continue
-            v = graph_velocity(made.folder, self.velocity.calls)
-            clips = self.clips.judge(made.folder) if self.clips else {}
-            yield made.row | self.velocity.compare(v) | clips
+            yield _kept(
+                self.out / "own" / recipe / ("judged.json" if self.clips else "velocity.json"),
+                [*package, *bench, find("recipes", recipe), self.inputs / HELD_OUT],
+                partial(self._own, recipe),
+            )
+
+    def _own(self, recipe: str) -> Row:
+        try:
+            made = make_own(recipe, self.out, self.n_weights)
+        except (RuntimeError, OSError) as error:
+            row = {"tool": "hbxt_compress", "version": "", "method": recipe}
+            return row | {"error": _short(str(error))}
+        v = graph_velocity(made.folder, self.velocity.calls)
+        clips = self.clips.judge(made.folder) if self.clips else {}
+        return made.row | self.velocity.compare(v) | clips
 
     def _venv(self, tool: str, requirements: Path) -> Path:
         folder = self.out / f"venv-{tool}"
@@ -123,11 +135,14 @@ class Bench:
             "out": folder,
         }
         options = [part for name, one in arguments.items() for part in (f"--{name}", one)]
+        failed = {"tool": tool, "version": _pinned(script.with_suffix(".txt"), tool)}
         try:
-            _run([python, script, method, *options], folder / "log.txt")
+            _run([python, script, method, *options], folder / "log.txt", self.limit)
         except RuntimeError as error:
-            version = _pinned(script.with_suffix(".txt"), tool)
-            return {"tool": tool, "version": version, "method": method, "error": str(error)}
+            return failed | {"method": method, "error": str(error)}
+        except subprocess.TimeoutExpired:
+            stopped = f"stopped after {self.limit / 60:g} min"
+            return failed | {"method": method, "error": stopped, "seconds": self.limit}
         row = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         row["bits_per_weight"] = 8 * sum(row["stored_bytes"].values()) / self.n_weights
         return row
@@ -144,12 +159,18 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(one.shape) for name, one in weights.items()}
 
 
-def _kept(path: Path, inputs: Sequence[Path], make: Callable[[], Row]) -> Row:
-    """The row in a file if it was made from these inputs, else a new one; failures are retried."""
+def _kept(
+    path: Path, inputs: Sequence[Path], make: Callable[[], Row], limit: float = math.inf
+) -> Row:
+    """The row in a file if it was made from these inputs, else a new one.
+
+    A failure is tried again, unless what failed was stopped after no less than `limit` seconds.
+    """
     digest = hashlib.sha256(b"".join(one.read_bytes() for one in inputs)).hexdigest()
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["made_from"] == digest and "error" not in kept["row"]:
+        done = "error" not in kept["row"] or kept["row"].get("seconds", 0) >= limit
+        if kept["made_from"] == digest and done:
             return dict(kept["row"])
     path.parent.mkdir(parents=True, exist_ok=True)
     row = make()
@@ -157,9 +178,10 @@ def _kept(path: Path, inputs: Sequence[Path], make: Callable[[], Row]) -> Row:
     return row
 
 
-def _run(command: list[Any], log_file: Path) -> str:
+def _run(command: list[Any], log_file: Path, limit: float | None = None) -> str:
     """The standard output of a command; RuntimeError with the end of its error output."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    words = [str(part) for part in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=limit)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     log_file.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
@@ -189,15 +211,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[*PEERS, "hbxt_compress"], default=None)
     parser.add_argument("--no-clips", action="store_true", help="velocity SQNR alone")
     parser.add_argument("--pip-args", default="", help="for pip install, such as an index of torch")
+    parser.add_argument("--limit", type=float, default=20, help="minutes for one peer's method")
     asked = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
-    bench = Bench(asked.out.resolve(), shlex.split(asked.pip_args), clips=not asked.no_clips)
+    pip_args, limit = shlex.split(asked.pip_args), 60 * asked.limit
+    bench = Bench(asked.out.resolve(), pip_args, clips=not asked.no_clips, limit=limit)
     rows: list[Row] = []
     for tool in asked.only or [*PEERS, "hbxt_compress"]:
-        rows += bench.own_rows() if tool == "hbxt_compress" else bench.peer_rows(tool)
-        text = json.dumps(rows, indent=1, ensure_ascii=False)
-        (bench.out / "quality.json").write_text(text + "\n", encoding="utf-8")
+        for row in bench.own_rows() if tool == "hbxt_compress" else bench.peer_rows(tool):
+            rows.append(row)
+            text = json.dumps(rows, indent=1, ensure_ascii=False)
+            (bench.out / "quality.json").write_text(text + "\n", encoding="utf-8")
     write_markdown(bench.out / "quality.md", rows)
     write_svg(bench.out / "quality.svg", rows)
     print((bench.out / "quality.md").read_text(encoding="utf-8"))  # noqa: T201

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from torch import Tensor
 
 from hbxt_compress import pipeline
 from hbxt_compress.artifact import Artifact
@@ -23,6 +25,7 @@ from hbxt_compress.runtime.generate import Runtime
 from hbxt_compress.store import Store
 from hbxt_compress.suite import Suite
 from tests.micro import write_micro_wan
+from tests.observed import changed
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +221,40 @@ def test_a_model_with_two_experts_runs_both(tmp_path: Path) -> None:
         assert runtime.manifest.sampler.boundary == 0.875
         runtime.generate("a red circle", n_steps=4, check=False)
         assert {"transformer/model.onnx", "transformer_2/model.onnx"} <= set(runtime.providers)
+
+
+@pytest.mark.parametrize(("name", "op"), [("w8a8", "MatMulInteger"), ("w8a8-static", "MatMul")])
+def test_smoothed_8_bit_inputs_reach_the_graph(
+    name: str, op: str, micro: Path, store: Store, tmp_path: Path
+) -> None:
+    """With two input channels a hundred times as large as the others."""
+    louder = changed(micro, tmp_path / "louder", _louder)
+    smooth = load_recipe(name).model_copy(update={"calibration": "tiny"})
+    plain = smooth.model_copy(update={"prepare": ()})
+    made = [
+        pipeline.compress(recipe, str(louder), store, machine=Machine(), out=tmp_path / f"{i}")
+        for i, recipe in enumerate((smooth, plain, load_recipe("fp32")))
+    ]
+    rounded = [one for one in Artifact.open(made[0]).manifest.layers if one.activations != "keep"]
+    smoothed = [one for one in rounded if "input smooth" in one.how]
+    assert len(rounded) == 20
+    assert any(one.name.endswith("attn1.to_q") for one in smoothed)
+    nodes = onnx.load(made[0] / "transformer/model.onnx", load_external_data=False).graph.node
+    assert sum(node.op_type == op for node in nodes) >= len(rounded)
+    errors = [np.square(_latents(one) - _latents(made[2])).mean() for one in made[:2]]
+    assert 0 < errors[0] < errors[1] / 2
+
+
+def _latents(artifact: Path) -> np.ndarray:
+    with Runtime.open(artifact, provider="cpu") as runtime:
+        clip = runtime.generate("red", seed=3, n_steps=2, check=False, keep_latents=True)
+    assert clip.latents is not None
+    return clip.latents
+
+
+def _louder(name: str, tensor: Tensor) -> Tensor:
+    """The modulation of self-attention's input, two channels of it a hundred times as large."""
+    if name.startswith("transformer/") and name.endswith("scale_shift_table"):
+        tensor = tensor.clone()
+        tensor[:, 1, [3, 9]] = 100
+    return tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hbxt_compress.algorithms.smooth_quant import SmoothQuant
 from hbxt_compress.errors import PlanError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName, LayerSpec, matches
@@ -106,3 +107,20 @@ def test_patterns(pattern: str, name: str, expected: bool) -> None:
 def test_an_unclosed_brace_is_an_error() -> None:
     with pytest.raises(ValueError, match="never closed"):
         matches("a/{b", "a/b")
+
+
+def test_preparers_are_given_what_they_ask_for_whatever_rounds_the_layer() -> None:
+    rules = (
+        Rule(match="transformer/blocks.*", weights="int8-channel", activations="int8-token"),
+        Rule(match="transformer/conv", weights="int8-channel"),
+        Rule(match="*", weights="keep", why="w"),
+    )
+    specs = [*_SPECS, _spec("transformer/conv", 8, 4, 3, 3, kind="conv2d")]
+    plain = make_plan(_recipe(*rules), specs, _COUNTS)
+    assert not plain.calibrated
+    recipe = _recipe(*rules).model_copy(update={"prepare": (SmoothQuant(),)})
+    plan = make_plan(recipe, specs, _COUNTS)
+    assert [layer.need for layer in plan.layers] == ["covariance", None, None]
+    assert plan.calibrated
+    # What was chosen is said elsewhere; a layer's own key stays what it was.
+    assert [layer.key() for layer in plan.layers] == [layer.key() for layer in plain.layers]
