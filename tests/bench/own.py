@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from hbxt_compress.runtime.session import open_session
 from hbxt_compress.source import BUILTIN
 from hbxt_compress.store import Store
 
-__all__ = ["OWN", "OwnArtifact", "graph_velocity", "make_own"]
+__all__ = ["OWN", "graph_velocity", "make"]
 
 OWN = ("w4a16-fast", "w4a16", "w8a16", "w8a8", "w8a8-static", "w4a16-budget")
 _TEXT_ENCODER = "text_encoder/encoder"
@@ -38,16 +37,12 @@ _NIBBLES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 _DTYPE = onnx.helper.tensor_dtype_to_np_dtype
 
 
-@dataclass(frozen=True, slots=True)
-class OwnArtifact:
-    """A recipe's artifact, and the row it begins."""
+def make(recipe: str, out: Path, n_weights: int) -> dict[str, object]:
+    """Makes the artifact `own/<recipe>/artifact` in a process of its own; the row it begins.
 
-    folder: Path
-    row: dict[str, object]
-
-
-def make_own(recipe: str, out: Path, n_weights: int) -> OwnArtifact:
-    """The artifact of a recipe without its text encoder's rules, made in a process of its own."""
+    Raises:
+        RuntimeError: the process failed.
+    """
     document = yaml.safe_load(find("recipes", recipe).read_text(encoding="utf-8"))
     document["rules"] = [r for r in document["rules"] if not r["match"].startswith(_TEXT_ENCODER)]
     folder = out / "own" / recipe
@@ -66,7 +61,7 @@ def make_own(recipe: str, out: Path, n_weights: int) -> OwnArtifact:
     seconds = time.perf_counter() - began
     baseline = compress(load_recipe("fp16"), BUILTIN, Store(out / "store"), machine=Machine())
     more = _stored(folder / "artifact") - _stored(baseline)
-    row = {
+    return {
         "tool": "hbxt_compress",
         "version": _version(folder / "artifact"),
         "method": recipe,
@@ -75,7 +70,6 @@ def make_own(recipe: str, out: Path, n_weights: int) -> OwnArtifact:
         "seconds": seconds,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
     }
-    return OwnArtifact(folder=folder / "artifact", row=row)
 
 
 def graph_velocity(artifact: Path, calls: tuple[Tensor, Tensor, Tensor]) -> Tensor:

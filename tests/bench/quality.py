@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import judge
+import own
 from calibration_inputs import CALIBRATION, HELD_OUT, make_inputs
-from own import OWN, graph_velocity, make_own
 from safetensors.torch import load_file
 from table import write_markdown, write_svg
 from torch import Tensor
@@ -94,25 +94,33 @@ class Bench:
 
     def own_rows(self) -> Iterator[Row]:
         """A row for each of this project's recipes; made again when any of its code changes."""
-        package = sorted(Path(hbxt_compress.__file__).parent.rglob("*.py"))
-        bench = sorted(Path(__file__).parent.glob("*.py"))
-        for recipe in OWN:
+        code = sorted(Path(hbxt_compress.__file__).parent.rglob("*.py"))
+        code += [Path(own.__file__)]
+        for recipe in own.OWN:
             log.info("hbxt_compress: %s", recipe)
-            yield _kept(
-                self.out / "own" / recipe / ("judged.json" if self.clips else "velocity.json"),
-                [*package, *bench, find("recipes", recipe), self.inputs / HELD_OUT],
-                partial(self._own, recipe),
-            )
+            folder = self.out / "own" / recipe
+            made_from = [*code, find("recipes", recipe)]
+            row = _kept(folder / "ran.json", made_from, partial(self._made, recipe))
+            if "error" not in row:
+                artifact = folder / "artifact"
+                judges = [artifact / "manifest.json", Path(judge.__file__), self.inputs / HELD_OUT]
+                row |= _kept(
+                    folder / ("judged.json" if self.clips else "velocity.json"),
+                    judges,
+                    partial(self._judged_artifact, artifact),
+                )
+            yield row
 
-    def _own(self, recipe: str) -> Row:
+    def _made(self, recipe: str) -> Row:
         try:
-            made = make_own(recipe, self.out, self.n_weights)
+            return own.make(recipe, self.out, self.n_weights)
         except (RuntimeError, OSError) as error:
             row = {"tool": "hbxt_compress", "version": "", "method": recipe}
             return row | {"error": _short(str(error))}
-        v = graph_velocity(made.folder, self.velocity.calls)
-        clips = self.clips.judge(made.folder) if self.clips else {}
-        return made.row | self.velocity.compare(v) | clips
+
+    def _judged_artifact(self, artifact: Path) -> Row:
+        v = own.graph_velocity(artifact, self.velocity.calls)
+        return self.velocity.compare(v) | (self.clips.judge(artifact) if self.clips else {})
 
     def _venv(self, tool: str, requirements: Path) -> Path:
         folder = self.out / f"venv-{tool}"

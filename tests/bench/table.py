@@ -23,7 +23,7 @@ _COLUMNS = (
     ("seconds", "time (s)"),
     ("peak_rss_bytes", "peak memory (MB)"),
 )
-_DIGITS = {"bits_per_weight": 3, "velocity_sqnr_db": 2, "guided_velocity_sqnr_db": 2, "psnr_db": 2,
+_DIGITS = {"bits_per_weight": 3, "velocity_sqnr_db": 2, "guided_velocity_sqnr_db": 2, "psnr_db": 1,
            "lpips": 5, "frechet": 3, "seconds": 1, "peak_rss_bytes": 0}  # fmt: skip
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 1000, 620, 70, 30, 190, 60
@@ -55,7 +55,10 @@ def _cell(row: Row, key: str) -> str:
         return f"{value} {row['version']}"
     if key == "peak_rss_bytes":
         value = value / 1e6
-    return f"{value:.{_DIGITS[key]}f}" if key in _DIGITS else str(value)
+    if key not in _DIGITS:
+        return str(value)
+    numbers = [f"{one:.{_DIGITS[key]}f}" for one in (value, *row.get(f"{key}_interval", ()))]
+    return numbers[0] if len(numbers) == 1 else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 
 def write_svg(path: Path, rows: Sequence[Row]) -> None:
