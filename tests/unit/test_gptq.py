@@ -226,7 +226,8 @@ def test_the_judge_ranks_as_the_rows_do() -> None:
             error = error - fit.shift(weight, candidate)
             truth = float(error.square().mean(0).sum())
             offsets.append(truth - judge.loss(weight, candidate))
-        assert offsets == pytest.approx([offsets[0]] * 3, rel=1e-9)
+        # Statistics are sums of float32 products; the offsets themselves differ by far more.
+        assert offsets == pytest.approx([offsets[0]] * 3, rel=1e-6)
 
 
 def test_a_bias_that_takes_the_mean_never_costs() -> None:
