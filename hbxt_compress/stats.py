@@ -2,8 +2,9 @@
 
 x is a layer's input in full precision, y its input once everything before it is quantized, both at
 the same state of the same trajectory. Sums are kept, not averages, in float64 and shifted by the
-mean of the first rows against cancellation; partial results merge in any order to 1e-9. A few rows
-are kept as they are, for errors that no sum tells.
+mean of the first rows against cancellation; partial results merge in any order to 1e-9. Products of
+rows are float32 before they are summed: covariances are exact to 1e-6. A few rows are kept as they
+are, for errors that no sum tells.
 """
 
 from __future__ import annotations

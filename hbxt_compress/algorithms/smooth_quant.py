@@ -21,7 +21,6 @@ from hbxt_compress.strict import Settings
 
 __all__ = ["SmoothQuant", "smooth_scale"]
 
-_LEAST, _MOST = 1e-3, 1e3  # of an input scale, far inside float16
 _SMALLEST = 1e-4  # of the largest: smaller channels and columns count as this large
 
 
@@ -75,4 +74,6 @@ def smooth_scale(absmax_I: Tensor, weights: Sequence[Tensor], alpha: float) -> T
     factor = columns.pow(1 - alpha) / channels.pow(alpha)
     # A common factor changes nothing but the weights' scales, which should stay normal in float16.
     factor = factor / factor.log().mean().exp()
-    return factor.clamp(_LEAST, _MOST).to(torch.float16)
+    scale_I = Transform.scaling(factor).scale_I
+    assert scale_I is not None
+    return scale_I

@@ -34,10 +34,8 @@ from hbxt_compress.suite import load_suite
 __all__ = ["ClipJudge", "VelocityJudge", "artifact", "linears"]
 
 _CLIP_METRICS = {"psnr_db": "psnr", "lpips": "lpips_squeeze", "frechet": "fd_content"}
-_SUITE, _N_STEPS = (
-    "reference",
-    25,
-)  # a few clips go another way: 32 of them do not rank good methods
+# A few clips go another way than in full precision: 32 of them could not rank the best methods.
+_SUITE, _N_STEPS = "reference", 25
 
 
 def linears(model: str = BUILTIN) -> dict[str, Tensor]:
