@@ -1,7 +1,8 @@
 """Recovery: tune what is not a code until the quantized model's velocity is the original's again.
 
-The student sees states of the full-precision trajectory and is pulled to the velocity that the
-original has there, E w ||v_student - v||^2 / E ||v||^2, by Adam with a cosine schedule.
+The student sees states of the full-precision trajectory and is pulled to the velocities that the
+original has there, by Adam with a cosine schedule: to those of both guidance branches, and to the
+guided one, where what both do wrong alike counts once and what they do differently counts much.
 Trainable are one factor a scale group, low-rank factors, biases, norms and modulation tables;
 codes stay (the idea of EfficientQAT's end-to-end phase, Chen et al. 2024, arXiv 2407.11062).
 An average of the late weights is kept only if it is better on prompts that nobody tuned on.
@@ -11,28 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hbxt_compress.algorithms.example import Example, velocity_error
 from hbxt_compress.strict import Settings
 
-__all__ = ["Example", "Progress", "Recover", "velocity_error"]
+__all__ = ["Progress", "Recover"]
 
 _SAVE_EVERY = 100
 _DECAY = 0.98  # of the average over steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """Inputs of a forward, the velocity that the original answers, and how much it counts."""
-
-    inputs: tuple[Tensor, ...]
-    target: Tensor
-    weight: float
 
 
 class Progress(Protocol):
@@ -48,13 +40,15 @@ class Progress(Protocol):
 class Recover(Settings):
     """Recovery tuning with frozen codes."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     n_steps: Annotated[int, Field(ge=1)] = 300
     scale_rate: Annotated[float, Field(gt=0)] = 1e-3
     """largest change of a scale's logarithm a step"""
     rate: Annotated[float, Field(gt=0)] = 2e-4
     """learning rate of biases, norms, modulation and low-rank factors"""
+    guided: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """share of the guided velocity's relative error in what falls; the rest is both branches'"""
     seed: int = 0
 
     def tune(
@@ -66,7 +60,7 @@ class Recover(Settings):
         held_out: Sequence[Example],
         progress: Progress,
     ) -> tuple[float, float]:
-        """Relative velocity errors on held-out states before and after tuning, in place.
+        """Relative guided velocity errors on held-out states before and after tuning, in place.
 
         call(student, *inputs) gives a velocity. If tuning did not help, everything is as it was.
         """
@@ -81,7 +75,7 @@ class Recover(Settings):
         rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
         average = [p.detach().clone() for p in chosen]
-        energy = _mean_energy(examples)
+        loss_of = self._loss(examples)
         for step in range(_resume(progress, chosen, average, adam), self.n_steps):
             one = examples[_shuffled(len(examples), step, self.seed)]
             warm = min(1.0, (step + 1) / 20)
@@ -89,9 +83,7 @@ class Recover(Settings):
             for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * warm * fall
             with torch.enable_grad():
-                loss = (
-                    one.weight * (call(student, *one.inputs) - one.target).square().mean() / energy
-                )
+                loss = loss_of(one, call(student, *one.inputs))
                 adam.zero_grad()
                 loss.backward()
             if not bool(torch.isfinite(loss)):
@@ -111,6 +103,21 @@ class Recover(Settings):
         for p in chosen:
             p.requires_grad_(False)
         return before, after
+
+    def _loss(self, examples: Sequence[Example]) -> Callable[[Example, Tensor], Tensor]:
+        """What falls: two mean squares of errors, each relative to that of all the targets."""
+        n = len(examples)
+        guided = sum(e.weight * float(e.guided_square(e.target)) for e in examples) / n
+        branch = sum(e.weight * float(e.branch_square(e.target)) for e in examples) / n
+
+        def loss(example: Example, velocity: Tensor) -> Tensor:
+            error = velocity - example.target
+            return example.weight * (
+                (1 - self.guided) / branch * example.branch_square(error)
+                + self.guided / guided * example.guided_square(error)
+            )
+
+        return loss
 
 
 def _shuffled(n: int, step: int, seed: int) -> int:
@@ -148,22 +155,6 @@ def _resume(
             "exp_avg_sq": state[f"{i}.second"],
         }
     return int(state["step"])
-
-
-@torch.no_grad()
-def velocity_error(
-    student: nn.Module, call: Callable[..., Tensor], examples: Sequence[Example]
-) -> float:
-    """sum w ||v_student - v||^2 / sum w ||v||^2 over examples; inf without any."""
-    lost = sum(
-        e.weight * float((call(student, *e.inputs) - e.target).square().sum()) for e in examples
-    )
-    kept = sum(e.weight * float(e.target.square().sum()) for e in examples)
-    return lost / kept if kept else math.inf
-
-
-def _mean_energy(examples: Sequence[Example]) -> float:
-    return sum(e.weight * float(e.target.square().mean()) for e in examples) / len(examples)
 
 
 @torch.no_grad()

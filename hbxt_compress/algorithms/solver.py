@@ -13,7 +13,7 @@ the spirit of Q-Sched (2025, arXiv 2509.01624), which learns such factors on the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hbxt_compress.algorithms.recover import Example
+from hbxt_compress.algorithms.example import Example
 from hbxt_compress.strict import Settings
 
 __all__ = ["Moments", "Refitted", "SolverRefit"]
@@ -86,17 +86,13 @@ class SolverRefit(Settings):
         call: Callable[..., Tensor],
         examples: Sequence[Example],
         held_out: Sequence[Example],
-        guidance_at: Callable[[float], float],
     ) -> Refitted:
-        """The corrections of one expert, whose guided states the examples are.
-
-        Examples are in pairs, the branch with the prompt before the one without it, at the same
-        latents; single where the guidance is 1. Inputs are (latents, timestep, text).
+        """The corrections of one expert; inputs are (latents, timestep, text), of one timestep.
 
         Raises:
-            ValueError: a branch without its partner, or velocities that are not finite.
+            ValueError: velocities that are not finite.
         """
-        sides = [_moments(student, call, side, guidance_at) for side in (examples, held_out)]
+        sides = [_moments(student, call, side) for side in (examples, held_out)]
         return self.fit(*sides)
 
     def fit(self, states: Sequence[Moments], held_out: Sequence[Moments]) -> Refitted:
@@ -155,37 +151,12 @@ def _merged(moments: Sequence[Moments]) -> dict[float, Moments]:
 
 @torch.no_grad()
 def _moments(
-    student: nn.Module,
-    call: Callable[..., Tensor],
-    examples: Sequence[Example],
-    guidance_at: Callable[[float], float],
+    student: nn.Module, call: Callable[..., Tensor], examples: Sequence[Example]
 ) -> list[Moments]:
     found = []
-    for timestep, branches in _states(examples, guidance_at):
-        velocity = sum(factor * one.target for one, factor in branches)
-        quantized = sum(factor * call(student, *one.inputs) for one, factor in branches)
-        latents = branches[0][0].inputs[0]
-        assert isinstance(velocity, Tensor)
-        assert isinstance(quantized, Tensor)
-        found.append(Moments.of(timestep, quantized, latents, velocity))
+    for one in examples:
+        quantized, velocity = one.guided(call(student, *one.inputs)), one.guided(one.target)
+        latents, timesteps = one.inputs[:2]
+        states = latents[: len(velocity)]
+        found.append(Moments.of(float(timesteps.flatten()[0]), quantized, states, velocity))
     return found
-
-
-def _states(
-    examples: Sequence[Example], guidance_at: Callable[[float], float]
-) -> Iterator[tuple[float, list[tuple[Example, float]]]]:
-    """(timestep, the branches of a state with what they count in the guided velocity)."""
-    waiting = iter(examples)
-    for one in waiting:
-        timestep = float(one.inputs[1].flatten()[0])
-        guidance = guidance_at(timestep)
-        branches = [(one, guidance)]
-        if guidance != 1:
-            other = next(waiting, None)
-            if other is None or not all(
-                torch.equal(mine, its)
-                for mine, its in zip(one.inputs[:2], other.inputs[:2], strict=True)
-            ):
-                raise ValueError(f"timestep {timestep}: a guidance branch without the other one")
-            branches.append((other, 1 - guidance))
-        yield timestep, branches

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hbxt_compress.algorithms import SAMPLER_REFINERS, AnyRefiner
-from hbxt_compress.algorithms.recover import Example
+from hbxt_compress.algorithms.example import Example
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.layers import LayerName
@@ -36,7 +36,7 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = ["FACTS", "VERSION", "refine"]
 
-VERSION = 1
+VERSION = 2
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,8 @@ def _refined(
 ) -> None:
     """Writes one component, tuned by every refiner in turn; the solver is fitted to the result."""
     sides: dict[bool, list[Example]] = {True: [], False: []}
-    for batch in batches:
-        with torch.no_grad():
-            target = full.whole(*batch.full)
-        example = Example(inputs=batch.half, target=target, weight=batch.weight)
-        sides[batch.held_out].append(example)
+    for held_out, example in _examples(full, batches, sampler):
+        sides[held_out].append(example)
     if not (sides[False] and sides[True]):
         raise CalibrationError(
             f"{component}: tuning needs observed steps of its own, prompts to learn from and held-"
@@ -127,9 +124,7 @@ def _refined(
         log.info("refine: %s: velocity error %.4g, was %.4g", component, after, before)
     for refiner in (one for one in how if isinstance(one, solvers)):
         try:
-            fit = refiner.tune(
-                half.module, half.call, sides[False], sides[True], sampler.guidance_at
-            )
+            fit = refiner.tune(half.module, half.call, sides[False], sides[True])
         except ValueError as error:
             raise CalibrationError(f"{component}: {error}") from None
         log.info("refine: %s: guided error %.4g, was %.4g", component, fit.after, fit.before)
@@ -138,6 +133,32 @@ def _refined(
     save_block(path, *tuned(half.module, component))
     for leftover in work.folder.glob(f"{component}.*.checkpoint"):
         leftover.unlink()
+
+
+@torch.no_grad()
+def _examples(
+    full: Chain, batches: Sequence[Batch], sampler: SamplerSpec
+) -> Iterator[tuple[bool, Example]]:
+    """(held out, example) of every state, its guidance branches in one example of a batch's size.
+
+    With guidance, batches come in pairs: the branch with the prompt, then the one without.
+    """
+    waiting = iter(batches)
+    for batch in waiting:
+        guidance = sampler.guidance_at(float(batch.full[1][0]))
+        branches = [batch] if guidance == 1 else [batch, next(waiting)]
+        targets = [full.whole(*one.full) for one in branches]
+        n = max(1, len(targets[0]) // len(branches))
+        parts = [
+            list(zip(*(t.split(n) for t in (*one.half, target)), strict=True))
+            for one, target in zip(branches, targets, strict=True)
+        ]
+        for states in zip(*parts, strict=True):
+            *inputs, target = (torch.cat(tensors) for tensors in zip(*states, strict=True))
+            yield (
+                batch.held_out,
+                Example(inputs=tuple(inputs), target=target, weight=1.0, guidance=guidance),
+            )
 
 
 @dataclass(frozen=True, slots=True)

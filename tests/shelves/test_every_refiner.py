@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hbxt_compress.algorithms import REFINERS
-from hbxt_compress.algorithms.recover import Example, velocity_error
+from hbxt_compress.algorithms.example import Example, velocity_error
 from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.quantized import Loss, QuantizedWeight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from hbxt_compress.algorithms import recover
-from hbxt_compress.algorithms.recover import Example, Recover, velocity_error
+from hbxt_compress.algorithms.example import Example, velocity_error
+from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.algorithms.scales import search_scales
+from hbxt_compress.chain import Chain
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.quantized import Loss, QuantizedModel, QuantizedWeight, save_block
+from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.stages import refine as refining
 from hbxt_compress.stages.refine import refine
+from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.student import QuantizedLinear, free_parameters
 from hbxt_compress.store import Entry, Work
 from tests.observed import observed, source_of
@@ -161,6 +166,70 @@ def test_what_helps_only_where_it_was_tuned_is_not_kept(
     assert memory.losses[-1] < 0.5 * memory.losses[0]
     assert before == after
     assert _same(_state(student), started)
+
+
+def test_the_loss_is_that_of_a_literal_loop() -> None:
+    """Two examples of unlike guidance; the first loss is of the model as it stands."""
+    student, share, fit = _toy(0.1), 0.3, []
+    for seed, g in ((100, 4.0), (101, 1.0)):
+        x, target = _normal(6, 64, seed=seed), _normal(6, 16, seed=seed + 50)
+        fit.append(Example(inputs=(x,), target=target, weight=1.5, guidance=g))
+    lost, kept = [], []
+    for one in fit:
+        with torch.no_grad():
+            pair = one.target, student(*one.inputs) - one.target
+        for found, v in zip((kept, lost), pair, strict=True):
+            n, g = (3, one.guidance) if one.guidance != 1 else (6, 1.0)
+            guided = [g * v[i] + (1 - g) * v[i + n] if g != 1 else v[i] for i in range(n)]
+            branch = [g * g * v[i].square().mean() for i in range(n)]
+            branch += [(g - 1) ** 2 * v[i + n].square().mean() for i in range(n if g != 1 else 0)]
+            found.append((sum(c.square().mean() for c in guided) / n, sum(branch) / n))
+    memory = _Memory()
+    _tune(Recover(n_steps=2, scale_rate=1e-9, rate=1e-9, guided=share), student, fit, fit, memory)
+    mean = [sum(one[i] for one in kept) / 2 for i in (0, 1)]
+    expected = [1 * (share * g / mean[0] + (1 - share) * b / mean[1]) for g, b in lost]
+    assert sorted(memory.losses) == pytest.approx(sorted(float(e) for e in expected), rel=1e-4)
+
+
+def test_pulling_at_the_guided_velocity_gains_there(
+    sets: tuple[list[Example], list[Example]],
+) -> None:
+    """More than both branches lose by it: where the scales cannot have both, guidance decides."""
+    paired = [[replace(one, guidance=4.0) for one in side] for side in sets]
+    for side in paired:  # what no scale can reach
+        side[:] = [
+            replace(one, target=one.target + 0.3 * one.inputs[0][:, :16] * _normal(16, seed=9))
+            for one in side
+        ]
+    errors = [
+        _tune(Recover(n_steps=300, scale_rate=1e-2, guided=share), _toy(0.2), *paired)[1]
+        for share in (0.0, 0.5)
+    ]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("guidance", "n_prompts"), [(4.0, 5), (4.0, 1), (1.0, 5)])
+def test_examples_hold_both_branches_of_every_state_once(guidance: float, n_prompts: int) -> None:
+    """Against the batches themselves; no example is larger than a batch, but for single states."""
+    latents = _normal(n_prompts, 2, 3, seed=1)
+    texts = (2.0, 1.0) if guidance != 1 else (2.0,)
+    batches = [
+        Batch(
+            full=(latents, torch.full((n_prompts,), 500.0), torch.full((n_prompts, 1, 1), text)),
+            half=(latents, torch.full((n_prompts,), 500.0), torch.full((n_prompts, 1, 1), -text)),
+            weight=1.0,
+            held_out=True,
+        )
+        for text in texts
+    ]
+    full = Chain(nn.ModuleDict({"blocks": nn.ModuleList()}), "blocks", lambda _, x, t, c: x * c)
+    spec = SamplerSpec(solver="unipc", n_steps=4, shift=3.0, guidance=guidance)
+    found = list(refining._examples(full, batches, spec))
+    assert all(held_out and one.guidance == guidance for held_out, one in found)
+    assert max(len(one.target) for _, one in found) <= max(n_prompts, len(texts))
+    guided = torch.cat([one.guided(one.target) for _, one in found])
+    assert torch.equal(guided, latents * (1 + guidance if guidance != 1 else 2))
+    assert all(torch.equal(one.target, one.inputs[0] * -one.inputs[2]) for _, one in found)
 
 
 def test_without_held_out_examples_nothing_is_kept(
