@@ -1,4 +1,4 @@
-"""How much faster a Wan transformer step is with 8-bit weights and activations, on this CPU.
+"""How much faster a Wan transformer step is with fewer bits in weights or inputs, on this CPU.
 
     python tests/bench/w8a8_speed.py [--heads 12 --ffn 8960 --tokens 1024 ...] [--json ROWS.jsonl]
 
@@ -7,6 +7,9 @@ every linear of its blocks in each format, then runs all graphs in turn, again a
 process: other load on the machine meets them alike. Says the ratio of median times, also of the
 processor's (the fairer one on a busy machine, with --threads 1), and how far each velocity is from
 the float32 graph's. Weights are random, so that distance is no quality claim.
+
+w4a16 and w4a8 are one graph with int4 weights; w4a8 lets ONNX Runtime's kernel round the inputs to
+8 bit in blocks as well (accuracy_level 4), which is all of W4A8 that any of the runtimes has.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ from hbxt_compress.torchvision_ops import mend_torchvision
 mend_torchvision()
 
 import numpy as np  # noqa: E402
+import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import torch  # noqa: E402
 from diffusers import WanTransformer3DModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from hbxt_compress.algorithms.scales import search_scales  # noqa: E402
 from hbxt_compress.formats import FORMATS, WeightFormat  # noqa: E402
 from hbxt_compress.formats.activations import ACTIVATIONS, ActivationFormat  # noqa: E402
 from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs  # noqa: E402
@@ -40,7 +45,8 @@ from hbxt_compress.layers import LayerName  # noqa: E402
 from hbxt_compress.models.wan_graph import transformer_graphs  # noqa: E402
 
 Payloads = dict[LayerName, tuple[WeightFormat, Mapping[str, Tensor]]]
-_INT8 = FORMATS["int8-channel"]
+_INT8, _INT4 = FORMATS["int8-channel"], FORMATS["int4-g128"]
+_INT8_PRODUCTS = 4  # MatMulNBits' accuracy_level: inputs are rounded to int8
 
 
 def linears(transformer: nn.Module) -> dict[str, nn.Linear]:
@@ -77,6 +83,25 @@ def weights(
             payload |= activation.payload(largest[path])
         found[LayerName(f"transformer/{path}")] = (_INT8, payload)
     return found
+
+
+def four_bits(transformer: nn.Module) -> Payloads:
+    """Every linear of the blocks in int4-g128."""
+    found: Payloads = {}
+    for path, module in linears(transformer).items():
+        grid = search_scales(module.weight.detach().float(), _INT4)
+        payload = _INT4.store(grid.levels(module.weight.detach()), grid.scales_OG, grid.zeros_OG)
+        found[LayerName(f"transformer/{path}")] = (_INT4, payload)
+    return found
+
+
+def with_8_bit_inputs(file: Path) -> None:
+    """Sets accuracy_level 4 on every MatMulNBits of a graph, in place."""
+    model = onnx.load(file, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", _INT8_PRODUCTS))
+    onnx.save(model, file)
 
 
 def exported(
@@ -124,8 +149,14 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     sessions = {}
     for index, variant in enumerate(("fp32", *args.variants)):
         activation = ACTIVATIONS.get(variant.removeprefix("w8:"))
-        planned = {} if variant == "fp32" else weights(transformer, activation, largest)
+        planned: Payloads = {}
+        if variant.startswith("w4"):
+            planned = four_bits(transformer)
+        elif variant != "fp32":
+            planned = weights(transformer, activation, largest)
         file = exported(folder / f"{index}", component, planned, activation)
+        if variant == "w4a8":
+            with_8_bit_inputs(file)
         sessions[variant] = opened(file, args.threads)
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
     velocity = {variant: session.run(None, feeds)[0] for variant, session in sessions.items()}
@@ -173,7 +204,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
         "--variants", nargs="+", default=["w8:int8-token"],
-        choices=["w8a16", *(f"w8:{name}" for name in ACTIVATIONS)],
+        choices=["w4a16", "w4a8", "w8a16", *(f"w8:{name}" for name in ACTIVATIONS)],
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="append a line for each variant to this file")
     args = parser.parse_args()
