@@ -26,6 +26,7 @@ _COLUMNS = (
 _DIGITS = {"bits_per_weight": 3, "velocity_sqnr_db": 2, "guided_velocity_sqnr_db": 2, "psnr_db": 1,
            "lpips": 5, "frechet": 3, "seconds": 1, "peak_rss_bytes": 0}  # fmt: skip
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+_SMALL = 4.5  # bits; each tool's best method below is named
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 1000, 620, 70, 30, 190, 60
 
 
@@ -88,6 +89,12 @@ def write_svg(path: Path, rows: Sequence[Row]) -> None:
         fill = colour[row["tool"]]
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" opacity="0.8">')
         parts.append(f"<title>{about}</title></circle>")
+    for tool in tools:  # a picture in a page shows no titles
+        own = [i for i, row in enumerate(points) if row["tool"] == tool]
+        small = [i for i in own if points[i]["bits_per_weight"] < _SMALL] or own
+        best = max(small, key=sqnr.__getitem__)
+        where = x_of(bits[best]) + 9, y_of(sqnr[best]) + 4
+        parts.append(_text(*where, f"{tool} {points[best]['method']}", "start"))
     for i, tool in enumerate(tools):
         y = _TOP + 20 * i + 10
         parts.append(f'<circle cx="{_WIDTH - 170}" cy="{y}" r="5" fill="{colour[tool]}"/>')
