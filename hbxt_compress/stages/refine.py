@@ -121,7 +121,7 @@ def _refined(
             sides[True],
             checkpoint,
         )
-        log.info("refine: %s: velocity error %.4g, was %.4g", component, after, before)
+        log.info("refine: %s: guided velocity error %.4g, was %.4g", component, after, before)
     for refiner in (one for one in how if isinstance(one, solvers)):
         try:
             fit = refiner.tune(half.module, half.call, sides[False], sides[True])

@@ -169,7 +169,7 @@ def test_what_helps_only_where_it_was_tuned_is_not_kept(
 
 
 def test_the_loss_is_that_of_a_literal_loop() -> None:
-    """Two examples of unlike guidance; the first loss is of the model as it stands."""
+    """Two examples of unlike guidance, of a model that stands still; equal weights cancel."""
     student, share, fit = _toy(0.1), 0.3, []
     for seed, g in ((100, 4.0), (101, 1.0)):
         x, target = _normal(6, 64, seed=seed), _normal(6, 16, seed=seed + 50)
@@ -187,14 +187,14 @@ def test_the_loss_is_that_of_a_literal_loop() -> None:
     memory = _Memory()
     _tune(Recover(n_steps=2, scale_rate=1e-9, rate=1e-9, guided=share), student, fit, fit, memory)
     mean = [sum(one[i] for one in kept) / 2 for i in (0, 1)]
-    expected = [1 * (share * g / mean[0] + (1 - share) * b / mean[1]) for g, b in lost]
+    expected = [share * g / mean[0] + (1 - share) * b / mean[1] for g, b in lost]
     assert sorted(memory.losses) == pytest.approx(sorted(float(e) for e in expected), rel=1e-4)
 
 
 def test_pulling_at_the_guided_velocity_gains_there(
     sets: tuple[list[Example], list[Example]],
 ) -> None:
-    """More than both branches lose by it: where the scales cannot have both, guidance decides."""
+    """Where no scale reaches both branches, a share in the loss lowers the guided error."""
     paired = [[replace(one, guidance=4.0) for one in side] for side in sets]
     for side in paired:  # what no scale can reach
         side[:] = [
