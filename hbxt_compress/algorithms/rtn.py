@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from hbxt_compress.algorithms.low_rank import branch, split_low_rank
@@ -21,11 +22,13 @@ __all__ = ["Rtn"]
 class Rtn(Settings):
     """Round to nearest."""
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     search: Literal["none", "mse", "weighted"] = "mse"
-    """How scales are chosen: from each group's range alone, by least squared error, or by least
-    squared error weighted with what each input feature's errors cost."""
+    """How scales are chosen: from each group's range alone, by least error of the weights, or by
+    least error weighted with what each input feature's errors cost."""
+    norm: Annotated[float, Field(ge=2, le=8)] = 2.0
+    """The power of the error that the search minimises; above 2 large weights are cut off less."""
 
     @property
     def need(self) -> Need | None:
@@ -50,7 +53,8 @@ class Rtn(Settings):
         if fmt.rank:
             low_rank = split_low_rank(weight_OI, importance_I, fmt.rank)
             rest_OI = (weight_OI.double() - branch(low_rank)).float()
-        grid = search_scales(rest_OI, fmt, importance_I, thorough=self.search != "none")
+        thorough = self.search != "none"
+        grid = search_scales(rest_OI, fmt, importance_I, norm=self.norm, thorough=thorough)
         levels_OI = grid.levels(rest_OI)
         payload = fmt.store(levels_OI, grid.scales_OG, grid.zeros_OG, low_rank=low_rank)
         shift_O = None

@@ -9,6 +9,10 @@ importances of sigma 2 and groups of 32 both are worth 0.1 dB, of sigma 3 0.3 dB
 refined in closed form if that helps, with u the importance s = sum(u w q) / sum(u q^2). Entries of
 no importance set no range. Every scale is rounded to float16 before levels are computed, so what is
 searched is what is stored.
+
+The loss is that of squares or, on request, of another power of the error. Powers above 2 cut large
+entries off less, which is what a net wants when nothing is known of its inputs: an entry that is
+cut off errs always the same way. The refit is then a step of Newton's method.
 """
 
 from __future__ import annotations
@@ -35,9 +39,10 @@ def search_scales(
     fmt: WeightFormat,
     importance_I: Tensor | None = None,
     *,
+    norm: float = 2.0,
     thorough: bool = True,
 ) -> Grid:
-    """The grid of least sum_j importance_j (w_j - q_j)^2 per group; importance None: ones.
+    """The grid of least sum_j importance_j |w_j - q_j|^norm per group; importance None: ones.
 
     A group whose importances are all zero is searched as if they were ones. Without `thorough` the
     range of each group alone decides: its largest entry is the deepest level (symmetric), or its
@@ -50,12 +55,15 @@ def search_scales(
     _checked(weight_OI, fmt, importance_I)
     n_in = weight_OI.shape[1]
     size = fmt.group or n_in
-    root_GS = None if importance_I is None else _root(importance_I, size).to(weight_OI.device)
+    root_GS = None if importance_I is None else _root(importance_I, size, norm).to(weight_OI.device)
     rows = max(1, _WEIGHTS_AT_ONCE // n_in)
     found = []
     for chunk_OI in weight_OI.detach().float().split(rows):
         groups = _Groups(
-            w_OGS=chunk_OI.reshape(len(chunk_OI), -1, size), root_GS=root_GS, levels=fmt.n_levels
+            w_OGS=chunk_OI.reshape(len(chunk_OI), -1, size),
+            root_GS=root_GS,
+            levels=fmt.n_levels,
+            norm=norm,
         )
         found.append(_search(groups, asymmetric=fmt.asymmetric, thorough=thorough))
     zeros = [pair.zero_OG for pair in found if pair.zero_OG is not None]
@@ -78,11 +86,12 @@ class _Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Groups:
-    """Weights of some rows by group, and the square roots of importances, None for ones."""
+    """Weights of some rows by group, and importances to the power 1 / norm, None for ones."""
 
     w_OGS: Tensor
     root_GS: Tensor | None
     levels: tuple[int, int]
+    norm: float
 
     def steps(self, pair: _Pair) -> tuple[Tensor, Tensor]:
         """w / scale, and the nearest level less the zero, O G S."""
@@ -94,20 +103,27 @@ class _Groups:
         return exact_OGS, exact_OGS.round().clamp_(low - zero_OG1, high - zero_OG1)
 
     def loss(self, pair: _Pair) -> Tensor:
-        """Weighted squared error of each group, O G."""
+        """What each group loses, the norm-th root of it, O G."""
         exact_OGS, steps_OGS = self.steps(pair)
         exact_OGS -= steps_OGS
         if self.root_GS is not None:
             exact_OGS *= self.root_GS
-        norm_OG = torch.linalg.vector_norm(exact_OGS, dim=-1)
-        return (norm_OG * pair.scale_OG).square_()
+        norm_OG = torch.linalg.vector_norm(exact_OGS, ord=self.norm, dim=-1)
+        return (norm_OG * pair.scale_OG).abs_()
 
     def refitted(self, pair: _Pair) -> _Pair:
-        """The scale that suits the levels under this pair best, in float32."""
-        _, steps_OGS = self.steps(pair)
-        heavy_OGS = steps_OGS if self.root_GS is None else steps_OGS * self.root_GS.square()
+        """The scale that suits the levels under this pair best, or better, in float32."""
+        exact_OGS, steps_OGS = self.steps(pair)
+        heavy_OGS = steps_OGS
+        if self.root_GS is not None:
+            heavy_OGS = steps_OGS * self.root_GS.pow(self.norm)
+        if self.norm != 2:
+            heavy_OGS = heavy_OGS * (exact_OGS - steps_OGS).abs_().pow_(self.norm - 2)
         product_OG = (heavy_OGS * self.w_OGS).sum(-1)
-        return _Pair(product_OG / (heavy_OGS * steps_OGS).sum(-1), pair.zero_OG)
+        scale_OG = product_OG / (heavy_OGS * steps_OGS).sum(-1)
+        if self.norm != 2:
+            scale_OG = torch.lerp(pair.scale_OG, scale_OG, 1 / (self.norm - 1))
+        return _Pair(scale_OG, pair.zero_OG)
 
     @property
     def counted_OGS(self) -> Tensor:
@@ -182,12 +198,12 @@ def _nearest_storable(scale_OG: Tensor) -> Tensor:
     return (sign_OG * size_OG).to(torch.float16).float()
 
 
-def _root(importance_I: Tensor, size: int) -> Tensor:
-    """Square roots, G S, scaled to at most 1 in every group, where only ratios matter."""
+def _root(importance_I: Tensor, size: int, norm: float) -> Tensor:
+    """Powers 1 / norm, G S, scaled to at most 1 in every group, where only ratios matter."""
     grouped_GS = importance_I.detach().double().reshape(-1, size)
     most_G1 = grouped_GS.amax(-1, keepdim=True)
     share_GS = torch.where(most_G1 > 0, grouped_GS / most_G1, torch.ones_like(grouped_GS))
-    return share_GS.sqrt().float()
+    return share_GS.pow(1 / norm).float()
 
 
 def _checked(weight_OI: Tensor, fmt: WeightFormat, importance_I: Tensor | None) -> None:

@@ -52,9 +52,11 @@ def _sources(n: int) -> dict[str, Tensor]:
 _SOURCES = _sources(1 << 19)
 
 
-def _loss_OG(weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = None) -> Tensor:
-    """Weighted squared error by group, float64, the slow way: encode, decode, compare."""
-    error_OI = (weight_OI - grid.value(grid.levels(weight_OI))).double().square()
+def _loss_OG(
+    weight_OI: Tensor, grid: Grid, importance_I: Tensor | None = None, norm: float = 2.0
+) -> Tensor:
+    """Weighted power of the error by group, float64, the slow way: encode, decode, compare."""
+    error_OI = (weight_OI - grid.value(grid.levels(weight_OI))).double().abs().pow(norm)
     if importance_I is not None:
         error_OI = error_OI * importance_I.double()
     return error_OI.reshape(len(weight_OI), -1, grid.group).sum(-1)
@@ -156,23 +158,26 @@ def _every_scale(asymmetric: bool) -> Tensor:
     return every if asymmetric else torch.cat([every, -every])
 
 
+@pytest.mark.parametrize("norm", [2.0, 3.5])
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_search_comes_close_to_the_best_of_all_float16_scales(
-    asymmetric: bool, weighted: bool
+    norm: float, asymmetric: bool, weighted: bool
 ) -> None:
     groups = _gauss(12, 32, seed=4)
     importance = torch.exp(2 * _gauss(32, seed=7)) if weighted else torch.ones(32)
-    found = search_scales(groups, FreeFormat(group=32, asymmetric=asymmetric), importance)
+    fmt = FreeFormat(group=32, asymmetric=asymmetric)
+    found = search_scales(groups, fmt, importance, norm=norm)
     every = _every_scale(asymmetric)[:, None]
-    got, least = _loss_OG(groups, found, importance)[:, 0], []
+    got, least = _loss_OG(groups, found, importance, norm)[:, 0], []
     for row in groups:
         losses = []
         for zero in range(-8, 8) if asymmetric else (0,):
             levels = (row / every).round().add(zero).clamp(-8, 7)
-            losses.append(((row - (levels - zero) * every).square() * importance).sum(1).min())
+            error = (row - (levels - zero) * every).abs()
+            losses.append((error.pow(norm) * importance).sum(1).min())
         least.append(torch.stack(losses).min())
-    ratio = got / torch.stack(least)
+    ratio = (got / torch.stack(least)).pow(2 / norm)
     assert float(ratio.min()) > 1 - 1e-5
     assert float(ratio.max()) < 1.06
     assert float(ratio.mean()) < 1.015
@@ -213,6 +218,18 @@ def test_the_search_never_loses_to_the_range_alone(asymmetric: bool) -> None:
         losses = [_loss_OG(weight, grid, weights) for grid in (searched, plain)]
         assert bool((losses[0] <= losses[1] * (1 + 1e-5)).all())
         assert float(losses[0].sum()) < 0.95 * float(losses[1].sum())
+
+
+def test_a_higher_norm_cuts_off_less_and_loses_more_squares() -> None:
+    weight, fmt = _SOURCES["laplace"], FreeFormat(group=128)
+    worst, squares = [], []
+    for norm in (2.0, 3.0, 8.0):
+        grid = search_scales(weight, fmt, norm=norm)
+        error = (weight - grid.value(grid.levels(weight))).double().abs()
+        worst.append(float(error.amax(1).mean()))
+        squares.append(float(error.square().mean()))
+    assert worst[0] > 1.05 * worst[1] > 1.05 * 1.05 * worst[2]
+    assert squares[0] < squares[1] < squares[2]
 
 
 def test_importance_moves_the_error_where_it_costs_little() -> None:
