@@ -108,18 +108,17 @@ def _trajectories(recipe: Recipe, source: Source, store: Store, machine: Machine
 
 def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
     planned = _plan(recipe, source, store, machine)
-    rounded, shown = None, {}
+    prompts, rounded, shown = load_prompts(recipe.calibration), None, {}
     if planned.calibrated or recipe.refine:
-        n_held_out = load_prompts(recipe.calibration).held_out
         trajectories = _trajectories(recipe, source, store, machine)
-        shown = {"trajectories": trajectories, "n_held_out": n_held_out}
+        shown = {"trajectories": trajectories, "n_held_out": prompts.held_out}
     if planned.quantized:
         rounded = store.result(
             quantize,
             source=source,
             layers=planned.quantized,
             prepare=recipe.prepare if planned.calibrated else (),
-            **(shown if planned.calibrated else {}),
+            **(shown | {"n_first": prompts.statistics} if planned.calibrated else {}),
             on=machine,
         )
     if recipe.refine and rounded is not None:

@@ -44,6 +44,8 @@ class PromptSet(Settings):
     """indices of the steps whose layer inputs are gathered, 0 the noisiest"""
     held_out: Annotated[int, Field(ge=0)] = 0
     """how many of the last prompts algorithms choose with instead of learning from them"""
+    statistics: Annotated[int, Field(ge=1)] | None = None
+    """how many of the first prompts layers' statistics are summed over; tuning learns from all"""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -57,6 +59,11 @@ class PromptSet(Settings):
         n_prompts = len(self.prompts) if self.rows is None else self.rows.count
         if self.held_out >= n_prompts:
             raise ValueError(f"held_out {self.held_out} leaves none of {n_prompts} to learn from")
+        if (self.statistics or 0) > n_prompts - self.held_out:
+            raise ValueError(
+                f"statistics {self.statistics}: only {n_prompts - self.held_out} of {n_prompts} "
+                "prompts are not held out"
+            )
         _check_distinct(self.prompts)
         return self
 

@@ -43,6 +43,11 @@ class Trajectory:
         return cls(**load_file(path))
 
 
-def load_trajectories(folder: Path) -> Sequence[Trajectory]:
-    """Every prompt's trajectory, in the prompts' order."""
-    return [Trajectory.load(path) for path in sorted(folder.glob("prompt-*.safetensors"))]
+def load_trajectories(
+    folder: Path, *, first: int | None = None, last: int = 0
+) -> Sequence[Trajectory]:
+    """Every prompt's trajectory, in the prompts' order; or those of the first and last ones."""
+    paths = sorted(folder.glob("prompt-*.safetensors"))
+    if first is not None:
+        paths = paths[:first] + paths[len(paths) - last :]
+    return [Trajectory.load(path) for path in paths]

@@ -1,10 +1,12 @@
-"""Recovery: tune what is not a code until the quantized model's velocity is the original's again.
+"""Recovery: tune a quantized model until its velocity is the original's again.
 
 The student sees states of the full-precision trajectory and is pulled to the velocities that the
 original has there, by Adam with a cosine schedule: to those of both guidance branches, and to the
 guided one, where what both do wrong alike counts once and what they do differently counts much.
-Trainable are one factor a scale group, low-rank factors, biases, norms and modulation tables;
-codes stay (the idea of EfficientQAT's end-to-end phase, Chen et al. 2024, arXiv 2407.11062).
+Trainable are one factor a scale group, low-rank factors, biases, norms and modulation tables (the
+idea of EfficientQAT's end-to-end phase, Chen et al. 2024, arXiv 2407.11062) and, on request, codes:
+error feedback chose each to suit its own layer, here all of them suit the velocity. Adam moves each
+by about the rate a step while its gradient keeps its sign, so few cross to the next code.
 An average of the late weights is kept only if it is better on prompts that nobody tuned on.
 """
 
@@ -38,15 +40,17 @@ class Progress(Protocol):
 
 
 class Recover(Settings):
-    """Recovery tuning with frozen codes."""
+    """Recovery tuning, of codes too if they have a rate."""
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     n_steps: Annotated[int, Field(ge=1)] = 300
     scale_rate: Annotated[float, Field(gt=0)] = 1e-3
     """largest change of a scale's logarithm a step"""
     rate: Annotated[float, Field(gt=0)] = 2e-4
     """learning rate of biases, norms, modulation and low-rank factors"""
+    code_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """largest move of a code of 4 bits a step, in levels; 0: codes are frozen"""
     guided: Annotated[float, Field(ge=0, le=1)] = 0.2
     """share of the guided velocity's relative error in what falls; the rest is both branches'"""
     seed: int = 0
@@ -67,8 +71,9 @@ class Recover(Settings):
         chosen = [p.requires_grad_(True) for group in parameters.values() for p in group]
         started = [p.detach().clone() for p in chosen]
         before = velocity_error(student, call, held_out)
+        special = {"scales": self.scale_rate, "codes": self.code_rate}
         groups = [
-            {"params": list(group), "lr": self.scale_rate if kind == "scales" else self.rate}
+            {"params": list(group), "lr": special.get(kind, self.rate)}
             for kind, group in parameters.items()
             if group
         ]

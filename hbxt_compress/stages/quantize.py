@@ -38,7 +38,7 @@ from hbxt_compress.stages.prepare import Kept, input_transform, mix
 from hbxt_compress.stages.walk import Station, members, set_weights, walk
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.store import Entry, Work
-from hbxt_compress.trajectories import load_trajectories
+from hbxt_compress.trajectories import Trajectory, load_trajectories
 
 __all__ = ["FACTS", "VERSION", "quantize"]
 
@@ -57,10 +57,13 @@ def quantize(
     prepare: Sequence[AnyPreparer] = (),
     trajectories: Entry | None = None,
     n_held_out: int = 0,
+    n_first: int | None = None,
 ) -> None:
     """Writes `<component>.<piece>.safetensors` for every piece with quantized layers.
 
     trajectories: what calibrate wrote; None if no layer's algorithm asks for its inputs.
+    n_held_out: the last prompts, to choose with. n_first: the first ones, whose rows are learned
+    from; None: all the others.
 
     Raises:
         SourceError: a weight holds NaN or infinity.
@@ -72,7 +75,8 @@ def quantize(
     if trajectories is not None:
         blind = [layer for layer in layers if layer.spec.component not in family.chained]
         seen = [layer for layer in layers if layer.spec.component in family.chained]
-        _walk(work, source, family, seen, prepare, trajectories, n_held_out, on)
+        observed = load_trajectories(trajectories.folder, first=n_first, last=n_held_out)
+        _walk(work, source, family, seen, prepare, observed, n_held_out, on)
     for (component, block), group in groupby(
         blind, key=lambda layer: (layer.spec.component, layer.spec.block)
     ):
@@ -96,16 +100,13 @@ def _walk(
     family: Family,
     layers: Sequence[LayerPlan],
     prepare: Sequence[AnyPreparer],
-    trajectories: Entry,
+    observed: Sequence[Trajectory],
     n_held_out: int,
     on: Machine,
 ) -> None:
     """Rounds the layers of all components whose inputs can be observed, in running order."""
     waiting = {layer.spec.name: layer for layer in layers}
-    stations = walk(
-        source, load_trajectories(trajectories.folder), n_held_out, torch.device(on.device)
-    )
-    for station in stations:
+    for station in walk(source, observed, n_held_out, torch.device(on.device)):
         own = members(station, [layer.spec for layer in waiting.values()])
         done = len(layers) - len(waiting)
         where = f"{station.component} {station.piece}"

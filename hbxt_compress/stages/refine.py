@@ -1,4 +1,4 @@
-"""Refine: tune a quantized model against the original, codes frozen.
+"""Refine: tune a quantized model against the original.
 
 Writes what `quantize` writes, one file a component, so that export takes either. A killed run goes
 on from the last checkpoint.
@@ -36,7 +36,7 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = ["FACTS", "VERSION", "refine"]
 
-VERSION = 2
+VERSION = 3
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _refined(
         before, after = refiner.tune(
             half.module,
             half.call,
-            free_parameters(half.module),
+            free_parameters(half.module, codes=refiner.code_rate > 0),
             sides[False],
             sides[True],
             checkpoint,

@@ -4,7 +4,7 @@
 
 writes, made by the full-precision model on its own trajectories:
     OUT/calibration.safetensors  latents N C T H W, timestep N, text N L D: the calls of the
-        transformer at the observed steps of calibration/standard.yaml, both guidance branches
+        transformer at the observed steps of calibration/wide.yaml, both guidance branches
     OUT/held_out.safetensors     the same at 8 steps of prompts that calibration has not seen, with
         the velocities v N C T H W to hit; rows come in pairs (cond, uncond) of one state
 """
@@ -37,7 +37,7 @@ N_HELD_OUT, N_TIMESTEPS, BATCH = 16, 8, 32
 
 def make_inputs(out: Path, model: str = BUILTIN) -> None:
     """Writes both files into `out`, unless those there are of the same prompts and steps."""
-    prompts, suite = load_prompts("standard"), load_suite("standard")
+    prompts, suite = load_prompts("wide"), load_suite("standard")
     wanted, stamp = [out / CALIBRATION, out / HELD_OUT], out / "made_from.txt"
     made_from = f"{model} {prompts.digest} {suite.digest}"
     if stamp.exists() and stamp.read_text() == made_from:

@@ -50,6 +50,25 @@ def test_observed_steps_must_rise_within_the_trajectory(tmp_path: Path, observe:
         load_prompts(_write(tmp_path, text))
 
 
+def test_statistics_need_prompts_that_are_not_held_out(tmp_path: Path) -> None:
+    text = _SET + "held_out: 1\nprompts: [a, b, c]\n"
+    assert load_prompts(_write(tmp_path, text)).statistics is None
+    assert load_prompts(_write(tmp_path, text + "statistics: 2\n")).statistics == 2
+    with pytest.raises(RecipeError, match="statistics 3: only 2 of 3 prompts are not held out"):
+        load_prompts(_write(tmp_path, text + "statistics: 3\n"))
+
+
+def test_the_wide_set_begins_and_ends_as_the_standard_one() -> None:
+    """So that layers' statistics and what is chosen on held-out prompts are the same under both."""
+    wide, standard = load_prompts("wide"), load_prompts("standard")
+    n = wide.statistics
+    assert n == len(standard.prompts) - standard.held_out
+    assert wide.held_out == standard.held_out
+    assert wide.items()[:n] == standard.items()[:n]
+    assert wide.items()[-wide.held_out :] == standard.items()[n:]
+    assert (wide.n_steps, wide.observe) == (standard.n_steps, standard.observe)
+
+
 def _rows(folder: Path, file: str, more: str = "count: 2") -> str:
     digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
     return _write(folder, _SET + f"rows: {{file: {file}, sha256: {digest}, first: 1, {more}}}\n")

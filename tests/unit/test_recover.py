@@ -96,7 +96,8 @@ def _tune(
     memory: _Memory | None = None,
 ) -> tuple[float, float]:
     memory = memory or _Memory()
-    return how.tune(student, _call, free_parameters(student), fit, held_out, memory)
+    parameters = free_parameters(student, codes=how.code_rate > 0)
+    return how.tune(student, _call, parameters, fit, held_out, memory)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -130,6 +131,38 @@ def test_wrong_scales_and_biases_are_recovered(
     product, wanted = (one[1].weight @ one[0].weight for one in (student, right))
     assert (product - wanted).norm() < 0.02 * wanted.norm()
     assert not any(p.requires_grad for p in student.parameters())
+
+
+def _wrong_codes(student: nn.Module, right: nn.Module) -> float:
+    """The share of stored codes that differ."""
+    pairs = zip(student, right, strict=True)
+    differ = [(a.snapped().payload["codes"] != b.snapped().payload["codes"]) for a, b in pairs]
+    return float(torch.cat([one.flatten() for one in differ]).float().mean())
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_wrong_codes_are_found_again(deep: bool) -> None:
+    """Every twentieth code is one off: all are mended, most where layers can make up for another.
+
+    Frozen codes leave nearly all of the error.
+    """
+    errors = {}
+    for rate in (0.0, 0.01):
+        student, right = (
+            _toy() if deep else nn.Sequential(_layer(16, 64, 1, 0.0)) for _ in range(2)
+        )
+        with torch.no_grad():
+            fit, held_out = _examples(right, 100, n=12), _examples(right, 200, n=3)
+        for layer in student:
+            codes = layer.quantized.payload["codes"].view(-1)[::20]
+            codes += torch.where(codes < 15, 1, -1).to(torch.uint8)
+        assert _wrong_codes(student, right) == pytest.approx(0.05, abs=0.001)
+        how = Recover(n_steps=400, scale_rate=1e-3, rate=1e-3, code_rate=rate)
+        before, errors[rate] = _tune(how, student, fit, held_out)
+        assert errors[rate] < before
+        wrong = _wrong_codes(student, right)
+    assert wrong < 0.025 if deep else wrong == 0
+    assert errors[0.01] < (0.2 if deep else 1e-6) * errors[0.0]
 
 
 def test_one_layers_scales_are_found_again() -> None:
@@ -241,11 +274,12 @@ def test_without_held_out_examples_nothing_is_kept(
     assert _same(_state(student), started)
 
 
+@pytest.mark.parametrize("code_rate", [0.0, 0.05])
 @pytest.mark.parametrize("end_at", [150, 215])
 def test_a_resumed_run_ends_as_an_undisturbed_one_bit_for_bit(
-    end_at: int, sets: tuple[list[Example], list[Example]]
+    end_at: int, code_rate: float, sets: tuple[list[Example], list[Example]]
 ) -> None:
-    how = Recover(n_steps=230, scale_rate=5e-3, rate=5e-3)
+    how = Recover(n_steps=230, scale_rate=5e-3, rate=5e-3, code_rate=code_rate)
     undisturbed, killed, resumed = _toy(0.1), _toy(0.1), _toy(0.1)
     errors = _tune(how, undisturbed, *sets)
     memory = _Memory(end_at=end_at)

@@ -141,6 +141,49 @@ def test_scales_that_float16_cannot_hold_stay_as_they_were() -> None:
     assert torch.equal(stored, weight.payload["scales"])
 
 
+@pytest.mark.parametrize("kind", _TRANSFORMS)
+@pytest.mark.parametrize("name", ["int4-g64", "int4-g32-asym", "int4-g64-r16"])
+def test_thawed_codes_pass_on_the_gradient_of_the_code_they_are_nearest_to(
+    name: str, kind: str
+) -> None:
+    """Every code is a number of its own: the slope is that of the layer in which it is one."""
+    weight, x = _quantized(_normal(48, 64), name, kind), _normal(5, 64, seed=4)
+    layer, down = QuantizedLinear(weight, None), _normal(5, 48, seed=7)
+    before = layer(x)
+    codes_OI = layer.thaw()
+    assert codes_OI is not None
+    assert layer.thaw() is codes_OI
+    codes_OI.data += 0.98 * (torch.rand(48, 64, generator=torch.Generator().manual_seed(1)) - 0.5)
+    assert torch.equal(layer(x), before)
+    (layer(x) * down).sum().backward()
+    fmt, whole_OI = FORMATS[name], weight.payload["codes"].float().requires_grad_()
+    decoded = fmt.decode({**weight.payload, "codes": whole_OI})
+    (F.linear(x, _transform(kind, 64).undo(decoded)) * down).sum().backward()
+    assert codes_OI.grad is not None
+    assert whole_OI.grad is not None
+    torch.testing.assert_close(codes_OI.grad, whole_OI.grad)
+
+
+def test_thawed_codes_stay_in_range_and_are_stored_as_what_they_are_nearest_to() -> None:
+    weight = _quantized(_normal(48, 64), "int4-g64")
+    layer = QuantizedLinear(weight, None)
+    codes_OI = layer.thaw()
+    assert codes_OI is not None
+    codes_OI.data += 3 * _normal(48, 64, seed=2)
+    stored = layer.snapped()
+    assert stored.payload["codes"].dtype == torch.uint8
+    expected = codes_OI.detach().round().clamp(0, 15)
+    assert torch.equal(stored.payload["codes"].float(), expected)
+    assert float((codes_OI < 0).float().mean()) > 0.01
+    assert torch.equal(effective_weight(stored), layer.weight)
+
+
+def test_codes_of_8_bits_are_never_thawed() -> None:
+    layer = QuantizedLinear(_quantized(_normal(48, 64), "int8-channel"), None)
+    assert layer.thaw() is None
+    assert free_parameters(nn.Sequential(layer), codes=True)["codes"] == []
+
+
 @pytest.fixture(scope="module")
 def module(micro_wan: Path) -> nn.Module:
     source = source_of(micro_wan)
@@ -202,6 +245,7 @@ def test_free_parameters_hold_no_weight_matrix_and_all_else_once(
         "factors": 2 * n_ranked,
         "biases": len(weights),
         "norms": len(names["norms"]),
+        "codes": 0,
     }
     original = dict(module.named_parameters())
     matrices = {
