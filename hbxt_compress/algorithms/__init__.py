@@ -1,4 +1,4 @@
-"""Algorithms by phase: prepare (function-preserving rewrites), round, refine (codes frozen).
+"""Algorithms by phase: prepare (function-preserving rewrites), round, refine (what is tuned after that).
 
 To add one: write a file here and a line in its table.
 """
