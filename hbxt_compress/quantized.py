@@ -7,8 +7,8 @@ source again at export.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -67,6 +67,19 @@ class QuantizedModel:
     @classmethod
     def load(cls, *paths: Path) -> QuantizedModel:
         """Reads block files: those named, and all of a folder that is named."""
+        opened = cls.open(*paths)
+        weights = {
+            name: replace(weight, payload=dict(weight.payload))
+            for name, weight in opened.weights.items()
+        }
+        return cls(weights=weights, floats=opened.floats)
+
+    @classmethod
+    def open(cls, *paths: Path) -> QuantizedModel:
+        """The same, but a payload's tensors are read each time that one is asked for.
+
+        Biases and floats, a thousandth of a model, are read at once.
+        """
         weights: dict[LayerName, QuantizedWeight] = {}
         floats: dict[str, Tensor] = {}
         files = [f for p in paths for f in (sorted(p.glob("*.safetensors")) if p.is_dir() else [p])]
@@ -74,19 +87,39 @@ class QuantizedModel:
             with safe_open(path, framework="pt") as file:
                 described = json.loads(file.metadata()["layers"])
                 for name, about in described.items():
-                    payload = {key: file.get_tensor(f"{name}:{key}") for key in about["payload"]}
+                    keys = set(about["payload"])
+                    bias_O = file.get_tensor(f"{name}:bias").clone() if "bias" in keys else None
                     weights[LayerName(name)] = QuantizedWeight(
                         format=about["format"],
-                        payload=payload,
+                        payload=_Payload(path, name, tuple(sorted(keys - {"bias"}))),
                         shape=tuple(about["shape"]),
                         loss=Loss(**about["loss"]),
-                        bias_O=payload.pop("bias", None),
+                        bias_O=bias_O,
                         notes=about["notes"],
                     )
                 for key in file.keys():  # noqa: SIM118 - the open file is no mapping
                     if key.startswith("float:"):
-                        floats[key.removeprefix("float:")] = file.get_tensor(key)
+                        floats[key.removeprefix("float:")] = file.get_tensor(key).clone()
         return cls(weights=weights, floats=floats)
+
+
+class _Payload(Mapping[str, Tensor]):
+    """The payload of one weight in a block file; nothing of it stays in memory."""
+
+    def __init__(self, path: Path, layer: str, keys: tuple[str, ...]) -> None:
+        self._path, self._layer, self._keys = path, layer, keys
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(f"{self._layer}:{key}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def save_block(

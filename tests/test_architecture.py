@@ -28,6 +28,7 @@ ROWS = (
         "layers",
         "sampler",
         "source",
+        "weights",
         "prompts",
         "stats",
         "quantized",
@@ -54,6 +55,7 @@ SIDEWAYS = {
     ("store", "machine"): "a machine is an argument that no key holds",
     ("artifact", "sampler"): "a manifest carries its sampler",
     ("quantized", "layers"): "keyed by layer name",
+    ("weights", "source"): "which file holds a tensor stands in the headers",
     ("formats", "graph"): "a format emits its own nodes with graph.builder",
     ("graph", "formats"): "export asks each weight's format for its nodes",
     ("models", "graph"): "a family describes its graphs with graph.builder",
@@ -88,7 +90,7 @@ HOMES = {
     "PIL": {"render", "clips"},
     "torch": {
         "algorithms", "chain", "formats", "graph", "metrics", "models", "quantized", "reference",
-        "stages", "stats", "torchvision_ops", "trajectories",
+        "stages", "stats", "torchvision_ops", "trajectories", "weights",
     },
 }  # fmt: skip
 

@@ -5,30 +5,49 @@ Every value gets its dtype and shape here, because ONNX shape inference knows no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
-__all__ = ["CONTRIB", "GraphBuilder", "Value", "content_of", "name_of", "present"]
+__all__ = ["CONTRIB", "GraphBuilder", "Value", "constant", "content_of", "name_of", "present"]
 
 CONTRIB = "com.microsoft"
 Value = ir.Value
 
 
 class GraphBuilder:
-    """Adds initializers to a graph, and nodes in front of one of its nodes."""
+    """Adds initializers to a graph, and nodes in front of one of its nodes.
 
-    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
+    later: called with the name of each initializer of which only shape and dtype are known yet;
+    gives what to call for its content.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        before: ir.Node,
+        later: Callable[[str], Callable[[], ir.TensorProtocol]] | None = None,
+    ) -> None:
         self._graph = graph
         self._before = before
+        self._later = later
 
     def initializer(self, name: str, tensor: Tensor) -> Value:
-        """A constant with the tensor's dtype and shape; its name must be new to the graph."""
+        """A constant with the tensor's dtype and shape; its name must be new to the graph.
+
+        Of a tensor on the meta device the content is asked for `later`, whenever it is needed.
+        """
         if name in self._graph.initializers:
             raise ValueError(f"the graph already has an initializer {name!r}")
-        data = ir.Tensor(tensor.detach().cpu().contiguous().numpy(), name=name)
+        data: ir.Tensor | ir.LazyTensor
+        if tensor.is_meta and self._later is not None:
+            dtype, shape = from_torch_dtype(tensor.dtype), ir.Shape(tensor.shape)
+            data = ir.LazyTensor(self._later(name), dtype, shape, name=name)
+        else:
+            data = constant(name, tensor)
         value = ir.Value(
             name=name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data
         )
@@ -65,6 +84,11 @@ class GraphBuilder:
         if value.shape is None or not value.shape.is_static():
             raise ValueError(f"value {value.name!r} has no static shape: {value.shape}")
         return tuple(value.shape.numpy())
+
+
+def constant(name: str, tensor: Tensor) -> ir.Tensor:
+    """The tensor as an ONNX one; it shares memory where that lies in order."""
+    return ir.Tensor(tensor.detach().cpu().contiguous().numpy(), name=name)
 
 
 def present(value: Value | None) -> Value:

@@ -1,6 +1,7 @@
 """GraphSpec: a module to export and the names, shapes and dtypes of its graph's ends.
 
-`capture` traces it with torch.onnx into an onnx_ir model whose shapes are all static. Dummy inputs
+`capture` traces it with torch.onnx into an onnx_ir model whose shapes are all static, without
+looking at weights: those are read when somebody asks for an initializer's content. Dummy inputs
 come from an optimum generator, so that optimum's own generators can serve other families.
 """
 
@@ -8,19 +9,34 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import onnx_ir as ir
 import torch
 from optimum.utils import DummyInputGenerator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hbxt_compress.errors import ExportError
+from hbxt_compress.graph.builder import constant, content_of
 
-__all__ = ["OPSET", "ComponentGraphs", "DummyInputs", "GraphSpec", "TensorSpec", "capture"]
+__all__ = [
+    "OPSET",
+    "ComponentGraphs",
+    "DummyInputs",
+    "GraphSpec",
+    "Read",
+    "TensorSpec",
+    "capture",
+    "without_values",
+]
 
 OPSET = 18
+Read = Callable[[str], Tensor]
+_WRAPPED = "model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,27 +100,86 @@ class DummyInputs(DummyInputGenerator):  # type: ignore[misc]  # optimum has no 
         return {name: self.generate(name) for name in self._inputs}
 
 
+@contextmanager
+def without_values(module: nn.Module) -> Iterator[None]:
+    """Meanwhile the module's parameters have shapes and dtypes but no values, and need none.
+
+    So have tensors that are made meanwhile. Buffers keep their values.
+    """
+    owned = [(part, dict(part._parameters)) for part in module.modules()]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = {
+            id(one): nn.Parameter(torch.empty(one.shape, dtype=one.dtype), requires_grad=False)
+            for _, parameters in owned
+            for one in parameters.values()
+            if one is not None
+        }
+        try:
+            for part, parameters in owned:
+                part._parameters.update({n: fakes.get(id(one)) for n, one in parameters.items()})
+            yield
+        finally:
+            for part, parameters in owned:
+                part._parameters.update(parameters)
+
+
 @torch.no_grad()
-def capture(spec: GraphSpec) -> ir.Model:
-    """The traced model: float32, opset 18, with hbxt::Linear nodes still in it."""
+def capture(spec: GraphSpec, read: Read | None = None) -> ir.Model:
+    """The traced model: float32, opset 18, with hbxt::Linear nodes still in it.
+
+    read: gives a parameter by its name; by default the module's own are taken.
+
+    Raises:
+        ExportError: tracing made a constant that is neither a parameter nor a buffer.
+    """
+    module = spec.module.eval()
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_values(module):
             # torch's exporter warns about its own deprecated calls; nothing a user could act on.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                spec.module.eval(),
-                tuple(DummyInputs(spec.inputs).all().values()),
+                module,
+                tuple(torch.empty(one.shape, dtype=one.dtype) for one in spec.inputs.values()),
                 input_names=list(spec.inputs),
                 output_names=list(spec.outputs),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
+                optimize=False,  # it folds constants, so it must wait for their content
             )
+        if program is None:
+            raise ExportError("torch.onnx.export returned no program")
+        _read_later(program.model, module, read)
+        program.optimize()
     finally:
         exporter_log.setLevel(level)
-    if program is None:
-        raise ExportError("torch.onnx.export returned no program")
     return program.model
+
+
+def _read_later(model: ir.Model, module: nn.Module, read: Read | None) -> None:
+    """Gives content to the initializers that were traced without."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for name, value in model.graph.initializers.items():
+        traced = content_of(value)
+        if not isinstance(traced.raw, FakeTensor):
+            continue
+        if name not in own:
+            raise ExportError(
+                f"{name}: made while tracing, so it has no value; make it a buffer of its module"
+            )
+        content = partial(_parameter, name, own[name], read)
+        shape = ir.Shape(own[name].shape)
+        value.const_value = ir.LazyTensor(content, traced.dtype, shape, name=name)
+
+
+def _parameter(name: str, own: Tensor, read: Read | None) -> ir.Tensor:
+    tensor = own if read is None else read(name.removeprefix(_WRAPPED))
+    if tensor.is_meta or tensor.shape != own.shape:
+        raise ExportError(
+            f"{name}: should have shape {list(own.shape)}, but there is "
+            + ("no value for it" if tensor.is_meta else f"one of shape {list(tensor.shape)}")
+        )
+    return constant(name, tensor)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import WeightFormat
-from hbxt_compress.graph.capture import ComponentGraphs, capture
+from hbxt_compress.graph.capture import ComponentGraphs, Read, capture
 from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.external import write_models
-from hbxt_compress.graph.passes import Precision, Storage, lower
+from hbxt_compress.graph.passes import lower
+from hbxt_compress.graph.storage import Precision, Storage
 from hbxt_compress.layers import LayerName
 
 __all__ = ["export_component"]
@@ -27,12 +28,14 @@ def export_component(
     precision: Precision,
     activations: Mapping[LayerName, str] | None = None,
     facts: Mapping[str, str] | None = None,
+    read: Read | None = None,
 ) -> None:
     """Writes config.json, the graphs and model.onnx.data; the same inputs give the same bytes.
 
     A layer that `weights` does not name is stored in `precision`; an empty payload means the
     module's own weight in that format. activations: what a layer's input is stored as, if it is
-    rounded. Biases, norms and tables stay float32.
+    rounded. Biases, norms and tables stay float32. read: gives a parameter by its name, for modules
+    without values; each is asked for when it is written, and let go of before the next.
 
     Raises:
         ExportError: A weight overflows float16, a planned layer is not in the graph, or a graph
@@ -41,7 +44,7 @@ def export_component(
     storage = Storage(component.component, weights, precision, activations or {})
     models = {}
     for name, spec in component.graphs.items():
-        models[name] = capture(spec)
+        models[name] = capture(spec, read)
         lower(models[name], storage)
         models[name].metadata_props.update({"component": component.component, **(facts or {})})
     storage.require_all_used()

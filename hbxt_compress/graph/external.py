@@ -46,8 +46,13 @@ def component_bytes(folder: Path) -> int:
 def _move(
     value: ir.Value, data: BinaryIO, written: dict[str, tuple[int, int]], folder: Path
 ) -> None:
-    """Puts one initializer's bytes into the data file, if it is large, and refers to them."""
+    """Puts one initializer's bytes into the data file, if it is large, and refers to them.
+
+    A lazy one is read once, here, and not kept.
+    """
     tensor = content_of(value)
+    if isinstance(tensor, ir.LazyTensor):
+        tensor = tensor.raw()
     content = tensor.tobytes()
     if len(content) <= INLINE_BYTES:
         value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Literal
+from functools import partial
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 from torch import Tensor
 
-from hbxt_compress.errors import ExportError, listing
-from hbxt_compress.formats import FORMATS, WeightFormat
-from hbxt_compress.formats.activations import ACTIVATIONS
-from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, content_of, name_of, present
+from hbxt_compress.errors import ExportError
+from hbxt_compress.formats import WeightFormat
+from hbxt_compress.formats.activations import ACTIVATIONS, ActivationFormat
+from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, Value, content_of, name_of, present
 from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
+from hbxt_compress.graph.storage import Storage
 from hbxt_compress.graph.transform import emit_transform
-from hbxt_compress.layers import LayerName
 
 __all__ = [
-    "Precision",
-    "Storage",
     "cancel_transposes",
     "clean_up",
     "expand_fills",
@@ -37,53 +33,7 @@ __all__ = [
     "store_other_weights",
 ]
 
-Precision = Literal[16, 32]
 IR_VERSION = 10
-_NO_NAMES: Mapping[LayerName, str] = MappingProxyType({})
-
-
-class Storage:
-    """How each layer of one component is stored, and which layers a graph has used so far."""
-
-    def __init__(
-        self,
-        component: str,
-        weights: Mapping[LayerName, tuple[WeightFormat, Mapping[str, Tensor]]],
-        precision: Precision,
-        activations: Mapping[LayerName, str] = _NO_NAMES,
-    ) -> None:
-        prefix = f"{component}/"
-        self._activations = activations
-        self.component = component
-        self._default = FORMATS[f"fp{precision}"]
-        self._weights = {name: how for name, how in weights.items() if name.startswith(prefix)}
-        self._unused = set(self._weights)
-
-    def of(self, layer: str, weight: Tensor) -> tuple[WeightFormat, Mapping[str, Tensor]]:
-        """The layer's format and payload: as planned, else its weight in the default precision."""
-        self._unused.discard(LayerName(layer))
-        planned = self._weights.get(LayerName(layer))
-        chosen, payload = planned or (self._default, {})
-        if not payload:
-            payload = chosen.encode(weight, torch.ones(()))
-        for tensor in payload.values():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ExportError(
-                    f"{layer}: cannot be stored as {chosen.name}: its largest absolute value "
-                    f"{float(weight.abs().max()):.6g} is beyond 65504 or not finite; "
-                    "store it as fp32"
-                )
-        return chosen, payload
-
-    def activations(self, layer: str) -> str:
-        """What the layer's input is stored as, or keep."""
-        return self._activations.get(LayerName(layer), "keep")
-
-    def require_all_used(self) -> None:
-        """Raises ExportError if a planned format met no layer: its name is wrong."""
-        lost = [n for n in sorted(self._unused) if not self._weights[n][0].name.startswith("fp")]
-        if lost:
-            raise ExportError(f"{len(lost)} layers are not in the graph:\n{listing(lost)}")
 
 
 def lower(model: ir.Model, storage: Storage) -> None:
@@ -116,17 +66,27 @@ def lower_linears(model: ir.Model, storage: Storage) -> None:
     for node in [n for n in graph if n.domain == LINEAR_DOMAIN]:
         x, weight, *rest = (present(value) for value in node.inputs)
         layer = node.attributes["layer"].as_string()
-        chosen, payload = storage.of(layer, _tensor(weight))
-        builder = GraphBuilder(graph, node)
+        stored = storage.of(layer, content_of(weight))
         short = layer.removeprefix(f"{storage.component}/")
-        x = emit_transform(builder, short, x, payload)
         activations = storage.activations(layer)
-        emitter = chosen if activations == "keep" else ACTIVATIONS[activations]
-        out = emitter.emit(builder, short, x, payload)
+        emitter = stored.format if activations == "keep" else ACTIVATIONS[activations]
+        out = stored.emit(graph, node, x, partial(_product, emitter, short))
         if rest:
+            builder = GraphBuilder(graph, node)
             out = builder.node("Add", [out, rest[0]], shape=builder.shape_of(out))
         node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _product(
+    emitter: WeightFormat | ActivationFormat,
+    name: str,
+    builder: GraphBuilder,
+    x: Value,
+    payload: Mapping[str, Tensor],
+) -> Value:
+    x = emit_transform(builder, name, x, payload)
+    return emitter.emit(builder, name, x, payload)
 
 
 def store_other_weights(model: ir.Model, storage: Storage) -> None:
@@ -136,35 +96,54 @@ def store_other_weights(model: ir.Model, storage: Storage) -> None:
     stays in 16 bit at run time too.
     """
     graph = model.graph
-    stored: dict[str, ir.Value] = {}
+    done: dict[str, ir.Value] = {}
     for node in [n for n in graph if n.op_type in ("Conv", "Gather") and n.domain == ""]:
         index = 1 if node.op_type == "Conv" else 0
         weight = node.inputs[index]
         if weight is None or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
             continue
         module = name_of(weight).removeprefix("model.").removesuffix(".weight")
-        tensor = _tensor(weight)
-        chosen, payload = storage.of(f"{storage.component}/{module}", tensor)
-        builder = GraphBuilder(graph, node)
-        if set(payload) != {"weight"}:
-            if node.op_type != "Conv":
-                raise ExportError(f"{module}: a table cannot be stored as {chosen.name}")
-            if module not in stored:
-                stored[module] = chosen.weight(builder, module, payload, tuple(tensor.shape))
-            node.replace_input_with(index, stored[module])
-            continue
-        behind = node.op_type == "Gather" and tensor.numel() > math.prod(
-            builder.shape_of(node.outputs[0])
+        shape = GraphBuilder.shape_of(weight)
+        stored = storage.of(f"{storage.component}/{module}", content_of(weight))
+        plain = set(stored.outline) == {"weight"}
+        if not plain and node.op_type != "Conv":
+            raise ExportError(f"{module}: a table cannot be stored as {stored.format.name}")
+        behind = (
+            plain
+            and stored.outline["weight"].dtype != torch.float32
+            and node.op_type == "Gather"
+            and math.prod(shape) > math.prod(GraphBuilder.shape_of(node.outputs[0]))
         )
-        if not behind or payload["weight"].dtype == torch.float32:
-            if module not in stored:
-                stored[module] = builder.float32(f"{module}.weight", payload["weight"])
-            node.replace_input_with(index, stored[module])
-            continue
-        if module not in stored:
-            stored[module] = builder.initializer(f"{module}.weight", payload["weight"])
-        node.replace_input_with(index, stored[module])
-        _cast_behind(graph, node)
+        if module not in done:
+            emit = partial(_table if behind else _weight, stored.format, module, shape)
+            done[module] = stored.emit(graph, node, weight, emit)
+        node.replace_input_with(index, done[module])
+        if behind:
+            _cast_behind(graph, node)
+
+
+def _weight(
+    stored: WeightFormat,
+    name: str,
+    shape: tuple[int, ...],
+    builder: GraphBuilder,
+    _: Value,
+    payload: Mapping[str, Tensor],
+) -> Value:
+    """The float32 weight."""
+    return stored.weight(builder, name, payload, shape)
+
+
+def _table(
+    _stored: WeightFormat,
+    name: str,
+    _shape: tuple[int, ...],
+    builder: GraphBuilder,
+    _: Value,
+    payload: Mapping[str, Tensor],
+) -> Value:
+    """The 16-bit weight."""
+    return builder.initializer(f"{name}.weight", payload["weight"])
 
 
 def _cast_behind(graph: ir.Graph, node: ir.Node) -> None:
@@ -217,8 +196,3 @@ def clean_up(model: ir.Model) -> None:
     model.producer_version = None
     model.doc_string = None
     model.metadata_props.clear()
-
-
-def _tensor(value: ir.Value) -> Tensor:
-    """An initializer as a torch tensor."""
-    return torch.from_numpy(np.asarray(content_of(value).numpy()))

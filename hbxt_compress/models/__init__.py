@@ -23,6 +23,7 @@ from hbxt_compress.layers import LayerSpec, Pair
 from hbxt_compress.models.wan import Wan
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Source
+from hbxt_compress.weights import Weights
 
 __all__ = ["MODELS", "Family", "family_of"]
 
@@ -59,7 +60,7 @@ class Family(Protocol):
         """Mean and standard deviation by latent channel: the VAE decodes z * std + mean."""
 
     def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
-        """What to export of a loaded component."""
+        """What to export of a component; its skeleton is enough."""
 
     def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
         """A loaded component in pieces: head, blocks, tail."""
@@ -72,6 +73,16 @@ class Family(Protocol):
 
     def weight_files(self, source: Source, component: str) -> dict[str, Path]:
         """The safetensors file that holds each parameter of a component."""
+
+    def skeleton(self, source: Source, component: str) -> nn.Module:
+        """The component's module in eval mode, float32 parameters on the meta device.
+
+        Buffers that are computed are real. Reads no weights but their headers; SourceError if those
+        are not the tensors that config.json asks for.
+        """
+
+    def weights(self, source: Source, component: str) -> Weights:
+        """The tensors behind a skeleton's parameters, and all others of the component's folder."""
 
     def load(self, source: Source, component: str) -> nn.Module:
         """The component's module in float32 and eval mode, every weight checked finite."""

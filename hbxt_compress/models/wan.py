@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import load_file
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -22,6 +22,7 @@ from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_grap
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Header, Source, read_headers
+from hbxt_compress.weights import Weights
 
 __all__ = ["Wan"]
 
@@ -178,27 +179,20 @@ class Wan:
         """The safetensors file that holds each parameter of a component."""
         return {name: header.file for name, header in _headers(source, component).items()}
 
+    def weights(self, source: Source, component: str) -> Weights:
+        # the embedding is tied; a checkpoint may hold it once
+        tied = {"encoder.embed_tokens.weight": "shared.weight"}
+        folder = source.folder / _FOLDER.get(component, component)
+        return Weights(folder, tied if component == "text_encoder" else {})
+
+    def skeleton(self, source: Source, component: str) -> nn.Module:
+        module = _empty(source, _FOLDER.get(component, component), component)
+        _require_agreement(module, self.weights(source, component))
+        return module.eval().requires_grad_(False)
+
     def load(self, source: Source, component: str) -> nn.Module:
-        folder = _FOLDER.get(component, component)
-        module = _empty(source, folder, component)
-        state = _state(source.folder / folder)
-        if component == "text_encoder":  # the embedding is tied; a checkpoint may hold it once
-            state.setdefault(
-                "encoder.embed_tokens.weight", state.get("shared.weight", torch.empty(0))
-            )
-        try:
-            missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
-        except RuntimeError as error:
-            raise SourceError(
-                f"{source.folder / folder}: weights and config.json disagree: {error}"
-            ) from None
-        problems = [f"missing: {name}" for name in missing] + [
-            f"unexpected: {name}" for name in unexpected
-        ]
-        if problems:
-            raise SourceError(
-                f"{source.folder / folder}: weights and config.json disagree:\n{listing(problems)}"
-            )
+        module = self.skeleton(source, component)
+        module.load_state_dict(self.weights(source, component).tensors(), assign=True)
         return module.eval().requires_grad_(False)
 
 
@@ -211,27 +205,38 @@ def _velocity(transformer: nn.Module, latents: Tensor, t: Tensor, text: Tensor) 
 
 
 def _empty(source: Source, folder: str, component: str) -> nn.Module:
-    """The module that config.json describes, its weights not yet there."""
+    """The module that config.json describes: parameters on the meta device, buffers real."""
     config, kind = source.config(f"{folder}/config.json"), _CLASSES[component]
     found = config.get("_class_name") or (config.get("architectures") or [None])[0]
     if found != kind.__name__:
         raise SourceError(
             f"{source.folder / folder / 'config.json'}: describes {found}, expected {kind.__name__}"
         )
-    if kind is UMT5EncoderModel:
-        return UMT5EncoderModel(UMT5Config(**config))
-    return kind.from_config(config)
+    with torch.device("meta"):
+        if kind is UMT5EncoderModel:
+            return UMT5EncoderModel(UMT5Config(**config))
+        module = kind.from_config(config)
+    if isinstance(module, WanTransformer3DModel):  # its tables are computed, no file has them
+        rope = module.rope
+        module.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
+    return module
 
 
-def _state(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a component in float32; SourceError naming those with NaN or infinity."""
-    state: dict[str, Tensor] = {}
-    for path in sorted({header.file for header in read_headers(folder).values()}):
-        state |= {name: tensor.float() for name, tensor in load_file(path).items()}
-    bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise SourceError(f"{folder}: {len(bad)} tensors hold NaN or infinity:\n{listing(bad)}")
-    return state
+def _require_agreement(module: nn.Module, weights: Weights) -> None:
+    """Raises SourceError unless the files hold just the tensors that the module has."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    names = set(weights.names)
+    problems = [f"missing: {name}" for name in expected if name not in names]
+    problems += [f"unexpected: {name}" for name in weights.names if name not in expected]
+    problems += [
+        f"{name}: has shape {list(weights.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in names and weights.shape(name) != shape
+    ]
+    if problems:
+        raise SourceError(
+            f"{weights.folder}: weights and config.json disagree:\n{listing(problems)}"
+        )
 
 
 def _generation(source: Source) -> dict[str, Any]:

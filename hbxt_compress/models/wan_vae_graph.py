@@ -24,10 +24,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (  # noqa: E402
     unpatchify,
 )
 from torch import Tensor, nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from hbxt_compress.graph.capture import ComponentGraphs, GraphSpec, TensorSpec  # noqa: E402
+from hbxt_compress.graph.capture import (  # noqa: E402
+    ComponentGraphs,
+    GraphSpec,
+    TensorSpec,
+    without_values,
+)
 from hbxt_compress.graph.ops import attend, shared_copy, swap  # noqa: E402
 from hbxt_compress.models.wan_graph import public_config  # noqa: E402
 
@@ -48,7 +52,7 @@ def vae_decoder_graphs(
     channels, _, height, width = latent_shape
     frame = TensorSpec(shape=(1, channels, 1, height, width))
     first = _FirstStep(vae)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with without_values(first), torch.no_grad():
         _, *kept = first(torch.zeros(frame.shape))
     caches = {f"cache_in_{i}": TensorSpec(shape=tuple(kept[i].shape)) for i in range(len(kept))}
     outputs = ["sample", *(f"cache_out_{i}" for i in range(len(kept)))]

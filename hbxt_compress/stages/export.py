@@ -1,6 +1,7 @@
 """Export: the ONNX artifact of a model, component by component, and its manifest.
 
-A component is written whole or not at all; a killed run goes on with the next one.
+A component is written whole or not at all; a killed run goes on with the next one. Its graph is
+traced without weights, which are then read, packed and written one by one.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hbxt_compress import artifact as contract
 from hbxt_compress.artifact import LayerFate, Manifest, record_files, write_manifest
-from hbxt_compress.errors import ExportError
+from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.graph.export import export_component
 from hbxt_compress.graph.external import component_bytes
@@ -37,6 +38,7 @@ FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")
 _PARITY = 1e-3  # of the largest output: float32 in another order of summation
+_LARGEST_FOR_PARITY = 1_000_000_000  # bytes of float32 weights
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -51,7 +53,7 @@ def export(
         ExportError: a graph breaks a rule of the target, or weighs other than planned.
     """
     family = family_of(source)
-    quantized = QuantizedModel.load(rounded.folder) if rounded else QuantizedModel(weights={})
+    quantized = QuantizedModel.open(rounded.folder) if rounded else QuantizedModel(weights={})
     planned = plan.components()
     for i, component in enumerate(planned):
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
@@ -81,9 +83,12 @@ def _write(
     plan: Plan,
     quantized: QuantizedModel,
 ) -> None:
-    module = family.load(source, component)
-    _set_floats(module, component, quantized)
-    graphs = family.graphs(source, component, module)
+    stored, tuned = family.weights(source, component), _tuned(component, quantized)
+    if lost := sorted(tuned.keys() - set(stored.names)):
+        raise ExportError(
+            f"{component}: {len(lost)} tuned parameters are not in the model:\n{listing(lost)}"
+        )
+    graphs = family.graphs(source, component, family.skeleton(source, component))
     weights = {
         layer.spec.name: (
             FORMATS[layer.weights],
@@ -95,9 +100,33 @@ def _write(
     activations = {
         layer.spec.name: layer.activations for layer in plan.layers if layer.activations != "keep"
     }
-    export_component(folder, graphs, weights, precision=plan.precision, activations=activations)
+    export_component(
+        folder,
+        graphs,
+        weights,
+        precision=plan.precision,
+        activations=activations,
+        read=lambda name: tuned[name] if name in tuned else stored.tensor(name),
+    )
     if plan.precision == 32:
-        require_parity(folder, graphs, tolerance=_PARITY)
+        _require_parity(folder, family, source, component, tuned)
+
+
+def _require_parity(
+    folder: Path, family: Family, source: Source, component: str, tuned: Mapping[str, Tensor]
+) -> None:
+    """Runs the component in torch and compares; one too large for that is said to be unchecked."""
+    if (size := 4 * family.parameters(source)[component]) > _LARGEST_FOR_PARITY:
+        log.warning(
+            "export: %s: not compared with torch, which would need %.1f GB for its weights",
+            component,
+            size / 1e9,
+        )
+        return
+    module = family.load(source, component)
+    for name, value in tuned.items():
+        module.get_parameter(name).data = value
+    require_parity(folder, family.graphs(source, component, module), tolerance=_PARITY)
 
 
 def _how(layer: LayerPlan, quantized: QuantizedModel) -> str:
@@ -126,15 +155,18 @@ def _loss(layer: LayerPlan, quantized: QuantizedModel) -> dict[str, float | None
     return {field.name: None for field in fields(Loss)}
 
 
-def _set_floats(module: nn.Module, component: str, quantized: QuantizedModel) -> None:
-    """Biases that belong to rounded weights, and other parameters that were tuned."""
+def _tuned(component: str, quantized: QuantizedModel) -> dict[str, Tensor]:
+    """Biases that belong to rounded weights, and other parameters that were tuned, float32."""
     changed: dict[str, Tensor] = dict(quantized.floats)
     for name, weight in quantized.weights.items():
         if weight.bias_O is not None:
             changed[f"{name}.bias"] = weight.bias_O
-    for path, value in changed.items():
-        if path.startswith(f"{component}/"):
-            module.get_parameter(path.removeprefix(f"{component}/")).data = value.float()
+    prefix = f"{component}/"
+    return {
+        path.removeprefix(prefix): value.float()
+        for path, value in changed.items()
+        if path.startswith(prefix)
+    }
 
 
 def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> None:
