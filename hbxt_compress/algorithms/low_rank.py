@@ -46,7 +46,7 @@ def split_low_rank(
     # `up` is fitted to `down` as stored, which makes up for most of its rounding.
     known_RI = down_RI.double() * root_I
     gram_RR = known_RI @ known_RI.T
-    ridge = gram_RR.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny) * 1e-12
+    ridge = (gram_RR.diagonal().mean() * 1e-12).clamp_min(torch.finfo(torch.float64).tiny)
     gram_RR = gram_RR + ridge * torch.eye(rank, dtype=torch.float64)
     up_OR = torch.linalg.solve(gram_RR, known_RI @ scaled_OI.T).T
     return down_RI, up_OR.to(torch.float16)
