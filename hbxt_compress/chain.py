@@ -1,7 +1,8 @@
 """Chain: a model as head, blocks and tail, run piece by piece while somebody looks at layer inputs.
 
 Works on any module that keeps its blocks in one ModuleList, hands each block's only output to the
-next one as its first argument, and gives all blocks the same other arguments.
+next one as its first argument, and gives all blocks the same other arguments. A model need not fit
+in memory: a skeleton reads the weights of a block when it is entered and forgets them afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hbxt_compress.weights import Weights
+
 __all__ = ["Carry", "Chain", "layer_at", "watch"]
+
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +33,63 @@ class Carry:
 
 
 class Chain:
-    """A module in pieces. call(module, *inputs) is a whole forward; blocks: path of the list."""
+    """A module in pieces. call(module, *inputs) is a whole forward; blocks: path of the list.
 
-    def __init__(self, module: nn.Module, blocks: str, call: Callable[..., Tensor]) -> None:
+    weights: None if the module has its own. Else it is a skeleton, to run on `device`: what lies
+    outside the blocks is read now, a block's weights between `enter` and `leave`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: str,
+        call: Callable[..., Tensor],
+        weights: Weights | None = None,
+        device: torch.device = _CPU,
+    ) -> None:
         self.module = module
         self._path, self.call = blocks, call
+        self._weights, self._device = weights, device
         self.blocks = list(module.get_submodule(blocks).children())
+        if weights is not None:
+            self._read_loose(weights)
+
+    def enter(self, index: int) -> None:
+        """Makes sure that a block has its weights, as they are in the files."""
+        if self._weights is not None:
+            self._fill(self.blocks[index], f"{self._path}.{index}.", self._weights)
+
+    def leave(self, index: int) -> None:
+        """Lets go of a block's weights, and of what was put in their place, if files have them."""
+        if self._weights is not None:
+            for module in self.blocks[index].modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, _still(parameter.to("meta")))
+
+    def _read_loose(self, weights: Weights) -> None:
+        """Reads what no block has; of a table only the rows that are looked up."""
+        for path, module in self.module.named_modules():
+            if f"{path}.".startswith(f"{self._path}."):
+                continue
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(self._device))
+            if isinstance(module, nn.Embedding):
+                module.weight = _still(weights.mapped(f"{path}.weight"))
+                module.register_forward_pre_hook(lambda _, ids: (ids[0].to(_CPU),))
+                module.register_forward_hook(lambda _, __, rows: rows.to(self._device).float())
+                continue
+            self._fill(module, f"{path}." if path else "", weights, recurse=False)
+
+    def _fill(
+        self, module: nn.Module, prefix: str, weights: Weights, *, recurse: bool = True
+    ) -> None:
+        for name, _ in list(module.named_parameters(recurse=recurse)):
+            path, _, last = name.rpartition(".")
+            value = weights.tensor(prefix + name).to(self._device)
+            setattr(module.get_submodule(path), last, _still(value))
 
     def whole(self, *inputs: Tensor) -> Tensor:
-        """The module's output."""
+        """The module's output; all of its weights must be there."""
         return self.call(self.module, *inputs)
 
     @torch.no_grad()
@@ -87,6 +141,10 @@ class _Given(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         return self.hidden
+
+
+def _still(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def layer_at(module: nn.Module, path: str) -> nn.Linear:

@@ -1,7 +1,7 @@
 """Weights: the tensors of one component, read one at a time from its safetensors files.
 
-Nothing is kept: every call maps the file, copies one tensor out of it and lets go of its pages, so
-that walking over a component costs the memory of its largest tensor.
+Nothing is kept: a call maps the file, copies one tensor out of it and lets go of its pages, so that
+walking over a component costs the memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -61,6 +61,17 @@ class Weights:
             tensor = file.get_tensor(stored).to(torch.float32, copy=True)
         if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise SourceError(f"{header.file}: {stored} holds NaN or infinity; download it again")
+        return tensor
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor as it is stored, not checked; its pages are read from the file when touched.
+
+        Raises:
+            SourceError: there is no such tensor.
+        """
+        stored, header = self._place(name)
+        with safe_open(header.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def tensors(self) -> dict[str, Tensor]:

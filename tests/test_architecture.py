@@ -56,6 +56,7 @@ SIDEWAYS = {
     ("artifact", "sampler"): "a manifest carries its sampler",
     ("quantized", "layers"): "keyed by layer name",
     ("weights", "source"): "which file holds a tensor stands in the headers",
+    ("chain", "weights"): "a skeleton reads the weights of the block that runs",
     ("formats", "graph"): "a format emits its own nodes with graph.builder",
     ("graph", "formats"): "export asks each weight's format for its nodes",
     ("models", "graph"): "a family describes its graphs with graph.builder",

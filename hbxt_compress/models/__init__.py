@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hbxt_compress.artifact import Geometry
@@ -64,6 +65,9 @@ class Family(Protocol):
 
     def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
         """A loaded component in pieces: head, blocks, tail."""
+
+    def streamed(self, source: Source, component: str, device: torch.device) -> Chain:
+        """A component in pieces that read their weights when they are entered."""
 
     def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
         """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""

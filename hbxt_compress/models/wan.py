@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,8 +142,11 @@ class Wan:
 
     def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
         """text_encoder(ids, mask) -> hidden, 0 at padding; transformer(latents, t, text) -> v."""
-        call = _encode if component == "text_encoder" else _velocity
-        return Chain(module, _BLOCK_PREFIX[component].removesuffix("."), call)
+        return Chain(module, *_in_pieces(component))
+
+    def streamed(self, source: Source, component: str, device: torch.device) -> Chain:
+        skeleton, weights = self.skeleton(source, component), self.weights(source, component)
+        return Chain(skeleton, *_in_pieces(component), weights, device)
 
     def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
         """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
@@ -194,6 +197,12 @@ class Wan:
         module = self.skeleton(source, component)
         module.load_state_dict(self.weights(source, component).tensors(), assign=True)
         return module.eval().requires_grad_(False)
+
+
+def _in_pieces(component: str) -> tuple[str, Callable[..., Tensor]]:
+    """Where the blocks are, and how the whole is called."""
+    call = _encode if component == "text_encoder" else _velocity
+    return _BLOCK_PREFIX[component].removesuffix("."), call
 
 
 def _encode(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

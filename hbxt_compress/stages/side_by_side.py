@@ -58,6 +58,20 @@ class SideBySide:
         """head, 000, 001, ..., tail: in the order in which they must be walked."""
         return [HEAD, *(f"{k:03d}" for k in range(len(self.full.blocks))), TAIL]
 
+    def enter(self, piece: str) -> None:
+        """Makes sure that both models have the weights of a piece."""
+        for chain, k in self._streamed(piece):
+            chain.enter(k)
+
+    def leave(self, piece: str) -> None:
+        """Lets go of the weights of a piece, where they can be read again."""
+        for chain, k in self._streamed(piece):
+            chain.leave(k)
+
+    def _streamed(self, piece: str) -> list[tuple[Chain, int]]:
+        chains = [self.full] if self.half is self.full else [self.full, self.half]
+        return [] if piece in (HEAD, TAIL) else [(chain, int(piece)) for chain in chains]
+
     def groups(self, piece: str, modules: Sequence[str]) -> list[list[str]]:
         """The modules that a piece calls, in order of their calls, those of one input together."""
         named = {name: self.full.module.get_submodule(name) for name in modules}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +42,8 @@ def walk(
     """Every piece of every component that can be observed, in the order in which they run.
 
     Who receives a station changes `sides.half` as they like; on the next one both models have
-    passed it. alone: there is no second model, `sides.half` is `sides.full`.
+    passed it, and its weights are gone from memory. alone: there is no second model, `sides.half`
+    is `sides.full`, and all of its weights are there all the time.
     """
     family = family_of(source)
     sampler = family.sampler(source)
@@ -51,9 +51,11 @@ def walk(
     for component in family.components(source):
         if component not in family.chained:
             continue
-        module = family.load(source, component).to(device)
-        full = family.chain(source, component, module)
-        half = full if alone else family.chain(source, component, copy.deepcopy(module))
+        if alone:
+            module = family.load(source, component).to(device)
+            half = full = family.chain(source, component, module)
+        else:
+            full, half = (family.streamed(source, component, device) for _ in range(2))
         if component == "text_encoder":
             numbered = text_batches(trajectories, n_held_out)
             batches = [batch for _, batch in numbered]
@@ -64,8 +66,10 @@ def walk(
             continue
         sides = SideBySide(full, half, [batch.to(device) for batch in batches])
         for piece in sides.pieces:
+            sides.enter(piece)
             yield Station(component=component, piece=piece, sides=sides)
             sides.advance(piece)
+            sides.leave(piece)
         if component == "text_encoder":
             texts = {i: out for (i, _), out in zip(numbered, sides.outputs, strict=True)}
 

@@ -26,6 +26,7 @@ from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerSpec
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
+from hbxt_compress.models.wan import Wan
 from hbxt_compress.plan import LayerPlan
 from hbxt_compress.quantized import QuantizedModel
 from hbxt_compress.sampler import SamplerSpec
@@ -229,6 +230,17 @@ def _rounded_coarsely(layer: nn.Linear) -> None:
     layer.weight.data = grid.value(grid.levels(weight_OI))
 
 
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walks over models that keep all weights, so that a test can run them as a whole."""
+
+    def loaded(self: Wan, source: Source, component: str, device: torch.device) -> Chain:
+        return self.chain(source, component, self.load(source, component).to(device))
+
+    monkeypatch.setattr(Wan, "streamed", loaded)
+
+
+@pytest.mark.usefixtures("in_memory")
 def test_x_is_the_models_input_and_y_that_of_the_half_quantized_one(
     source: Source, seen: Entry
 ) -> None:
@@ -261,6 +273,7 @@ def test_x_is_the_models_input_and_y_that_of_the_half_quantized_one(
     assert differs > 20
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_outputs_are_those_of_both_models_at_the_end(source: Source, seen: Entry) -> None:
     sides = None
     for station in walk(source, load_trajectories(seen.folder), 1, _CPU):
@@ -435,6 +448,33 @@ def test_a_half_finished_folder_is_completed_to_the_same_bytes(
     assert _bytes(_quantized(uneven, tmp_path / "q", "int4-g64", uneven_seen)) == _bytes(rounded)
 
 
+@pytest.mark.usefixtures("in_memory")
+def test_models_that_fit_in_memory_are_rounded_to_the_same_bytes(
+    uneven: Source, uneven_seen: Entry, rounded: Path, tmp_path: Path
+) -> None:
+    again = _quantized(uneven, tmp_path / "q", "int4-g64", uneven_seen)
+    assert _bytes(again) == _bytes(rounded)
+
+
+def test_only_the_block_at_hand_has_weights(source: Source, seen: Entry) -> None:
+    n_seen = 0
+    for station in walk(source, load_trajectories(seen.folder)[:1], 0, _CPU):
+        for chain in (station.sides.full, station.sides.half):
+            there = [
+                f"{i:03d}"
+                for i, block in enumerate(chain.blocks)
+                if any(not one.is_meta for one in block.parameters())
+            ]
+            assert there == [one for one in (station.piece,) if one.isdigit()]
+            loose = set(chain.module.parameters()) - {
+                one for block in chain.blocks for one in block.parameters()
+            }
+            assert not any(one.is_meta for one in loose)
+            n_seen += len(there)
+    assert n_seen == 2 * 4
+
+
+@pytest.mark.usefixtures("in_memory")
 def test_preparing_and_rounding_leave_the_full_model_as_it_was(
     uneven: Source, uneven_seen: Entry, recorded: _Recorded, tmp_path: Path
 ) -> None:
@@ -473,6 +513,7 @@ def test_columns_are_sorted_where_groups_profit(rounded: Path) -> None:
     assert len({note for note in notes if note}) > 1
 
 
+@pytest.mark.usefixtures("in_memory")
 def test_each_group_is_rounded_on_what_the_groups_before_it_leave(
     uneven: Source, uneven_seen: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
