@@ -1,4 +1,4 @@
-"""Algorithms by phase: prepare (function-preserving rewrites), round, refine (what is tuned after that).
+"""Algorithms by phase: prepare (function-preserving rewrites), round, refine (tune the result).
 
 To add one: write a file here and a line in its table.
 """
