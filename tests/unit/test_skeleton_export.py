@@ -273,7 +273,8 @@ for folder in sys.argv[1:]:
     out = Path(folder) / "out"
     _write(out, family, source, "transformer", plan, QuantizedModel(weights={}))
     # not ru_maxrss, which a child takes over from the process that started it
-    peaks.append(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]))
+    status = Path("/proc/self/status").read_text()
+    peaks.append(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]))
 print(*peaks)
 """
 
@@ -283,12 +284,12 @@ print(*peaks)
 def test_export_takes_the_memory_of_a_weight_not_of_the_model(
     micro_wan: Path, tmp_path: Path
 ) -> None:
-    """After a micro model has warmed up imports and tracer, one of 70 million weights follows."""
+    """After a micro model has warmed up imports and tracer, one of 100 million weights follows."""
     small, large = tmp_path / "small", tmp_path / "large"
     shutil.copytree(micro_wan, small)
     shutil.copytree(micro_wan, large)
-    n_weights = _widen(large / "transformer", width=1024, ffn=4096, n_blocks=4)
-    assert n_weights > 70_000_000
+    n_weights = _widen(large / "transformer", width=1024, ffn=4096, n_blocks=6)
+    assert n_weights > 100_000_000
     run = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(small), str(large)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -299,7 +300,7 @@ def test_export_takes_the_memory_of_a_weight_not_of_the_model(
     assert run.returncode == 0, run.stderr
     before, after = map(int, run.stdout.split())
     assert (large / "out" / "model.onnx.data").stat().st_size > 2 * n_weights
-    assert after - before < n_weights  # in bytes: a quarter of them all in float32
+    assert after - before < 2 * n_weights  # bytes: half of them all in float32
 
 
 def _widen(folder: Path, *, width: int, ffn: int, n_blocks: int) -> int:
