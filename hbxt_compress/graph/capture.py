@@ -37,6 +37,7 @@ __all__ = [
 OPSET = 18
 Read = Callable[[str], Tensor]
 _WRAPPED = "model."
+_SMALL = 1 << 16  # numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +161,10 @@ def capture(spec: GraphSpec, read: Read | None = None) -> ir.Model:
 
 
 def _read_later(model: ir.Model, module: nn.Module, read: Read | None) -> None:
-    """Gives content to the initializers that were traced without."""
+    """Gives content to the initializers that were traced without: to small ones at once.
+
+    Those are what constants are folded with, again and again.
+    """
     own = dict(module.named_parameters(remove_duplicate=False))
     for name, value in model.graph.initializers.items():
         traced = content_of(value)
@@ -172,7 +176,8 @@ def _read_later(model: ir.Model, module: nn.Module, read: Read | None) -> None:
             )
         content = partial(_parameter, name, own[name], read)
         shape = ir.Shape(own[name].shape)
-        value.const_value = ir.LazyTensor(content, traced.dtype, shape, name=name)
+        later = ir.LazyTensor(content, traced.dtype, shape, name=name)
+        value.const_value = content() if later.size <= _SMALL else later
 
 
 def _parameter(name: str, own: Tensor, read: Read | None) -> ir.Tensor:
