@@ -54,11 +54,12 @@ class _Transformer:
 
 TRANSFORMERS = {
     "tiny": _Transformer(heads=2, head_dim=64, ffn=256, layers=2, text_dim=128, freq_dim=64),
+    "0.1B": _Transformer(heads=12, ffn=8960, layers=2),
     "0.3B": _Transformer(heads=12, ffn=8960, layers=6),
     "1.3B": _Transformer(heads=12, ffn=8960, layers=30),
     "5B": _Transformer(heads=24, ffn=14336, layers=30, channels=48, flow_shift=5.0),
 }
-"""0.3B has Wan2.1's width and few blocks, 1.3B is Wan2.1-T2V-1.3B, 5B is Wan2.2-TI2V-5B."""
+"""1.3B is Wan2.1-T2V-1.3B, 0.1B and 0.3B are as wide with fewer blocks; 5B is Wan2.2-TI2V-5B."""
 
 TEXT_ENCODERS: Mapping[str, Mapping[str, int]] = {
     "tiny": {"d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 32},

@@ -101,7 +101,7 @@ def test_other_peoples_files_are_not_removed(tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_exist_or_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no transformer of size '7B'; there are tiny, 0.3B"):
+    with pytest.raises(ValueError, match=r"no transformer of size '7B'; there are tiny, 0.1B"):
         Checkpoint(transformer="7B").modules()
     with pytest.raises(ValueError, match="4096 features, transformer tiny takes 128"):
         Checkpoint(transformer="tiny", text_encoder="umt5-xxl").modules()
