@@ -12,6 +12,8 @@ VENV ?= .venv
 EXTRA ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0 torchvision==0.28.0
+# of bench-scale's random checkpoints; 5B needs 10 GB of disk for the checkpoint, as much for results
+SIZES ?= 0.3B 1.3B 5B
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,7 +24,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-w8a8 amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-w8a8 amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -74,6 +76,9 @@ bench: $(VENV)/installed ## time RECIPE from an empty store
 
 bench-quality: $(VENV)/installed ## this project's recipes against the other toolkits: build/bench/quality.{json,md,svg}
 	$(BIN)/python tests/bench/quality.py
+
+bench-scale: $(VENV)/installed ## time and memory at SIZES against the machine's floor: build/bench/scale.{json,md,svg}
+	$(BIN)/python tests/bench/scale.py --sizes $(SIZES) --out $(BUILD)/bench
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from svg import axis, line, text
+
 __all__ = ["write_markdown", "write_svg"]
 
 Row = Mapping[str, Any]
@@ -69,8 +71,8 @@ def write_svg(path: Path, rows: Sequence[Row]) -> None:
     colour = {tool: _COLOURS[i % len(_COLOURS)] for i, tool in enumerate(tools)}
     bits = [math.log2(row["bits_per_weight"]) for row in points]
     sqnr = [row["velocity_sqnr_db"] for row in points]
-    x_of = _scale(min(bits), max(bits), _LEFT, _WIDTH - _RIGHT)
-    y_of = _scale(min(sqnr), max(sqnr), _HEIGHT - _BOTTOM, _TOP)
+    x_of = axis(min(bits), max(bits), _LEFT, _WIDTH - _RIGHT)
+    y_of = axis(min(sqnr), max(sqnr), _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
@@ -79,11 +81,11 @@ def write_svg(path: Path, rows: Sequence[Row]) -> None:
     for tick in (4, 4.125, 4.25, 4.5, 5, 6, 7, 8, 9):
         if min(bits) - 0.02 <= math.log2(tick) <= max(bits) + 0.02:
             x = x_of(math.log2(tick))
-            parts.append(_line(x, _TOP, x, _HEIGHT - _BOTTOM))
-            parts.append(_text(x, _HEIGHT - _BOTTOM + 18, f"{tick:g}", "middle"))
+            parts.append(line(x, _TOP, x, _HEIGHT - _BOTTOM))
+            parts.append(text(x, _HEIGHT - _BOTTOM + 18, f"{tick:g}", "middle"))
     for db in range(math.ceil(min(sqnr)), math.floor(max(sqnr)) + 1):
-        parts.append(_line(_LEFT, y_of(db), _WIDTH - _RIGHT, y_of(db)))
-        parts.append(_text(_LEFT - 8, y_of(db) + 4, str(db), "end"))
+        parts.append(line(_LEFT, y_of(db), _WIDTH - _RIGHT, y_of(db)))
+        parts.append(text(_LEFT - 8, y_of(db) + 4, str(db), "end"))
     for row, x, y in zip(points, map(x_of, bits), map(y_of, sqnr), strict=True):
         about = escape(f"{row['tool']} {row['method']}: {row['velocity_sqnr_db']:.2f} dB")
         fill = colour[row["tool"]]
@@ -94,26 +96,12 @@ def write_svg(path: Path, rows: Sequence[Row]) -> None:
         small = [i for i in own if points[i]["bits_per_weight"] < _SMALL] or own
         best = max(small, key=sqnr.__getitem__)
         where = x_of(bits[best]) + 9, y_of(sqnr[best]) + 4
-        parts.append(_text(*where, f"{tool} {points[best]['method']}", "start"))
+        parts.append(text(*where, f"{tool} {points[best]['method']}", "start"))
     for i, tool in enumerate(tools):
         y = _TOP + 20 * i + 10
         parts.append(f'<circle cx="{_WIDTH - 170}" cy="{y}" r="5" fill="{colour[tool]}"/>')
-        parts.append(_text(_WIDTH - 158, y + 4, tool, "start"))
+        parts.append(text(_WIDTH - 158, y + 4, tool, "start"))
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(_text(middle, _HEIGHT - 15, "bits stored for each weight", "middle"))
-    parts.append(_text(_LEFT, _TOP - 12, "velocity SQNR, dB", "start"))
+    parts.append(text(middle, _HEIGHT - 15, "bits stored for each weight", "middle"))
+    parts.append(text(_LEFT, _TOP - 12, "velocity SQNR, dB", "start"))
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Any:
-    margin = 0.04 * (high - low) or 1.0
-    low, high = low - margin, high + margin
-    return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#ddd"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
