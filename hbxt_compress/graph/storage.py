@@ -119,6 +119,8 @@ class _Contents:
             scratch = ir.Graph([x], end.outputs, nodes=[end])
             self._emit(GraphBuilder(scratch, end), x, self._payload())
             self._made = {key: content_of(scratch.initializers[key]) for key in self._wanted}
+            for value in scratch.initializers.values():  # a graph is a cycle, freed who knows when
+                value.const_value = None
         return self._made.pop(name)
 
 
