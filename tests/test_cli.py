@@ -14,7 +14,6 @@ import pytest
 
 from hbxt_compress import cli, library, pipeline
 from hbxt_compress.artifact import Artifact
-from hbxt_compress.errors import PlanError
 from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.report import SCHEMA, Measurement, QualityReport, Verdict
@@ -158,10 +157,6 @@ def test_plan_of_a_budget_says_what_each_layer_would_cost(
 @pytest.mark.parametrize("name", library.names("recipes"))
 def test_every_recipe_plans_on_a_small_wan(name: str, micro_wan: Path, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    if name == "w4a16-budget":  # its 5.5 bits are too few where most weights are a VAE's, 8 bits each
-        with pytest.raises(PlanError, match="the smallest possible size is"):
-            pipeline.plan(recipe, str(micro_wan), Store(tmp_path), machine=Machine())
-        return
     plan = pipeline.plan(recipe, str(micro_wan), Store(tmp_path), machine=Machine())
     assert {layer.spec.component for layer in plan.layers} == {
         "transformer",
