@@ -108,17 +108,19 @@ def _trajectories(recipe: Recipe, source: Source, store: Store, machine: Machine
 
 def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
     planned = _plan(recipe, source, store, machine)
-    prompts, rounded, shown = load_prompts(recipe.calibration), None, {}
+    rounded, shown, learned = None, {}, {}
     if planned.calibrated or recipe.refine:
+        prompts = load_prompts(recipe.calibration)
         trajectories = _trajectories(recipe, source, store, machine)
         shown = {"trajectories": trajectories, "n_held_out": prompts.held_out}
+        learned = {"n_first": prompts.statistics}
     if planned.quantized:
         rounded = store.result(
             quantize,
             source=source,
             layers=planned.quantized,
             prepare=recipe.prepare if planned.calibrated else (),
-            **(shown | {"n_first": prompts.statistics} if planned.calibrated else {}),
+            **(shown | learned if planned.calibrated else {}),
             on=machine,
         )
     if recipe.refine and rounded is not None:

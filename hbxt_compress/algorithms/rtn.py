@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hbxt_compress.algorithms.low_rank import branch, split_low_rank
@@ -29,6 +29,12 @@ class Rtn(Settings):
     least error weighted with what each input feature's errors cost."""
     norm: Annotated[float, Field(ge=2, le=8)] = 2.0
     """The power of the error that the search minimises; above 2 large weights are cut off less."""
+
+    @model_validator(mode="after")
+    def _minimises(self) -> Self:
+        if self.search == "none" and self.norm != 2:
+            raise ValueError(f"norm {self.norm:g}: without a search no error is minimised")
+        return self
 
     @property
     def need(self) -> Need | None:

@@ -115,7 +115,8 @@ def store_other_weights(model: ir.Model, storage: Storage) -> None:
             and math.prod(shape) > math.prod(GraphBuilder.shape_of(node.outputs[0]))
         )
         if module not in done:
-            emit = partial(_table if behind else _weight, stored.format, module, shape)
+            whole = partial(_weight, stored.format, module, shape)
+            emit = partial(_table, module) if behind else whole
             done[module] = stored.emit(graph, node, weight, emit)
         node.replace_input_with(index, done[module])
         if behind:
@@ -134,14 +135,7 @@ def _weight(
     return stored.weight(builder, name, payload, shape)
 
 
-def _table(
-    _stored: WeightFormat,
-    name: str,
-    _shape: tuple[int, ...],
-    builder: GraphBuilder,
-    _: Value,
-    payload: Mapping[str, Tensor],
-) -> Value:
+def _table(name: str, builder: GraphBuilder, _: Value, payload: Mapping[str, Tensor]) -> Value:
     """The 16-bit weight."""
     return builder.initializer(f"{name}.weight", payload["weight"])
 

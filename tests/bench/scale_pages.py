@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from svg import axis, line, text
+from markdown_table import markdown_table
+from svg import COLOURS, axis, line, opening, text
 
 __all__ = ["write_markdown", "write_svg"]
 
@@ -30,24 +31,22 @@ _COLUMNS = {
     "predicted (s)": lambda row: f"{row['predicted']['seconds']:.1f}",
     "predicted (GB)": lambda row: f"{row['predicted']['peak_rss_bytes'] / _GB:.2f}",
 }
-_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 _PANEL, _HEIGHT, _LEFT, _TOP, _BOTTOM, _KEY = 420, 420, 70, 40, 60, 230
 _SERIES = 'fill="none" stroke-width="2"'
 
 
 def write_markdown(path: Path, rows: Sequence[Row]) -> None:
     """A line for each run; one that failed says why instead."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "| --- | --- |" + " --: |" * (len(_COLUMNS) - 2)]
-    for row in rows:
-        if "error" not in row:
-            cells = (_cell(make, row) for make in _COLUMNS.values())
-            lines.append("| " + " | ".join(cells) + " |")
-    failed = [row for row in rows if "error" in row]
+    done = [row for row in rows if "error" not in row]
+    lines = markdown_table(
+        list(_COLUMNS), ([_cell(m, row) for m in _COLUMNS.values()] for row in done)
+    )
+    failed = [(r["model"], f"`{r['recipe']}`", str(r["error"])) for r in rows if "error" in r]
     if failed:
-        lines += ["", "| model | recipe | did not end because |", "| --- | --- | --- |"]
-        for row in failed:
-            reason = str(row["error"]).replace("|", "/")
-            lines.append(f"| {row['model']} | `{row['recipe']}` | {reason} |")
+        lines += [
+            "",
+            *markdown_table(("model", "recipe", "did not end because"), failed, n_words=3),
+        ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -70,12 +69,8 @@ def write_svg(path: Path, rows: Sequence[Row]) -> None:
         return
     width = 2 * (_LEFT + _PANEL) + _KEY
     recipes = list(dict.fromkeys(row["recipe"] for row in done))
-    colour = {recipe: _COLOURS[i % len(_COLOURS)] for i, recipe in enumerate(recipes)}
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{_HEIGHT}" fill="white"/>',
-    ]
+    colour = {recipe: COLOURS[i % len(COLOURS)] for i, recipe in enumerate(recipes)}
+    parts = opening(width, _HEIGHT)
     panels: tuple[tuple[str, Callable[[Row], float], Callable[[Row], float | None]], ...] = (
         ("time, s", lambda row: row["seconds"], lambda row: row["floor_seconds"]),
         ("peak memory, GB", _memory, lambda row: 2 * row["params"] / _GB),

@@ -1,11 +1,22 @@
-"""The lines, words and axes that the bench's pictures are drawn with."""
+"""The lines, words, axes and colours that the bench's pictures are drawn with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from html import escape
 
-__all__ = ["axis", "line", "text"]
+__all__ = ["COLOURS", "axis", "line", "opening", "text"]
+
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+
+
+def opening(width: float, height: float) -> list[str]:
+    """The first lines of a picture on white."""
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
 
 
 def axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

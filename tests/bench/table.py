@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from svg import axis, line, text
+from markdown_table import markdown_table
+from svg import COLOURS, axis, line, opening, text
 
 __all__ = ["write_markdown", "write_svg"]
 
@@ -27,26 +28,19 @@ _COLUMNS = (
 )
 _DIGITS = {"bits_per_weight": 3, "velocity_sqnr_db": 2, "guided_velocity_sqnr_db": 2, "psnr_db": 1,
            "lpips": 5, "frechet": 3, "seconds": 1, "peak_rss_bytes": 0}  # fmt: skip
-_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 _SMALL = 4.5  # bits; each tool's best method below is named
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 1000, 620, 70, 30, 190, 60
 
 
 def write_markdown(path: Path, rows: Sequence[Row]) -> None:
     """Rows by bits a weight; a row that failed says why."""
-    lines = [
-        "| " + " | ".join(title for _, title in _COLUMNS) + " |",
-        "| --- | --- |" + " --: |" * (len(_COLUMNS) - 2),
-    ]
     done = [row for row in rows if not row.get("error")]
-    for row in sorted(done, key=lambda r: (r["bits_per_weight"], -r["velocity_sqnr_db"])):
-        lines.append("| " + " | ".join(_cell(row, key) for key, _ in _COLUMNS) + " |")
-    failed = [row for row in rows if row.get("error")]
+    done.sort(key=lambda row: (row["bits_per_weight"], -row["velocity_sqnr_db"]))
+    cells = ([_cell(row, key) for key, _ in _COLUMNS] for row in done)
+    lines = markdown_table([title for _, title in _COLUMNS], cells)
+    failed = [(r["tool"], r["method"], str(r["error"])) for r in rows if r.get("error")]
     if failed:
-        lines += ["", "| tool | method | did not run because |", "| --- | --- | --- |"]
-        for row in failed:
-            reason = str(row["error"]).replace("|", "/")
-            lines.append(f"| {row['tool']} | {row['method']} | {reason} |")
+        lines += ["", *markdown_table(("tool", "method", "did not run because"), failed, n_words=3)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -68,16 +62,12 @@ def write_svg(path: Path, rows: Sequence[Row]) -> None:
     """One dot a method, one colour a tool, bits on a logarithmic axis."""
     points = [row for row in rows if not row.get("error")]
     tools = list(dict.fromkeys(row["tool"] for row in points))
-    colour = {tool: _COLOURS[i % len(_COLOURS)] for i, tool in enumerate(tools)}
+    colour = {tool: COLOURS[i % len(COLOURS)] for i, tool in enumerate(tools)}
     bits = [math.log2(row["bits_per_weight"]) for row in points]
     sqnr = [row["velocity_sqnr_db"] for row in points]
     x_of = axis(min(bits), max(bits), _LEFT, _WIDTH - _RIGHT)
     y_of = axis(min(sqnr), max(sqnr), _HEIGHT - _BOTTOM, _TOP)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-    ]
+    parts = opening(_WIDTH, _HEIGHT)
     for tick in (4, 4.125, 4.25, 4.5, 5, 6, 7, 8, 9):
         if min(bits) - 0.02 <= math.log2(tick) <= max(bits) + 0.02:
             x = x_of(math.log2(tick))

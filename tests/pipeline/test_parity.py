@@ -144,7 +144,7 @@ def test_calibration_pays_at_the_same_bytes(
     found: dict[str, dict[str, float]],
     calls: list[dict[str, np.ndarray]],
 ) -> None:
-    """Both store int4-g128; two prompts to learn from already take 45 % off the velocity's error.
+    """Both store int4-g128; two prompts to learn from already take half off the velocity's error.
 
     At given states: how far clips end up from each other is chance where they part ways.
     """
@@ -154,5 +154,5 @@ def test_calibration_pays_at_the_same_bytes(
         name: float(np.square(_velocities(artifacts[name], calls) - wanted).sum())
         for name in ("tiny", "w4a16-fast")
     }
-    assert 0 < error["tiny"] < 0.55 * error["w4a16-fast"]
+    assert 0 < error["tiny"] < 0.5 * error["w4a16-fast"]
     assert found["tiny"]["psnr"] > found["w4a16-fast"]["psnr"]

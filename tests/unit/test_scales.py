@@ -349,6 +349,12 @@ def test_rounding_without_statistics_needs_no_inputs() -> None:
         Rtn(search="weighted").round(weight, None, FORMATS["int4-g64"])
 
 
+def test_a_norm_without_a_search_is_refused() -> None:
+    assert Rtn(search="weighted", norm=3.0).norm == 3
+    with pytest.raises(ValueError, match=r"norm 3: without a search no error is minimised"):
+        Rtn(search="none", norm=3.0)
+
+
 def test_a_low_rank_branch_takes_what_is_low_rank() -> None:
     weight = _gauss(96, 128, seed=18) * 0.01 + _gauss(96, 4, seed=19) @ _gauss(4, 128, seed=20)
     errors = []
