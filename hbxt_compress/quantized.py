@@ -1,5 +1,7 @@
 """Quantized weights: codes, scales and how much was lost; one safetensors file per block.
 
+Codes below 16 take half a byte there: a matrix of bytes all below 16 is stored two columns a byte.
+
 A QuantizedModel holds only what compression changed. Weights that stay in 16 bit are read from the
 source again at export.
 """
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -91,7 +94,9 @@ class QuantizedModel:
                     bias_O = file.get_tensor(f"{name}:bias").clone() if "bias" in keys else None
                     weights[LayerName(name)] = QuantizedWeight(
                         format=about["format"],
-                        payload=_Payload(path, name, tuple(sorted(keys - {"bias"}))),
+                        payload=_Payload(
+                            path, name, tuple(sorted(keys - {"bias"})), tuple(about["halved"])
+                        ),
                         shape=tuple(about["shape"]),
                         loss=Loss(**about["loss"]),
                         bias_O=bias_O,
@@ -106,14 +111,19 @@ class QuantizedModel:
 class _Payload(Mapping[str, Tensor]):
     """The payload of one weight in a block file; nothing of it stays in memory."""
 
-    def __init__(self, path: Path, layer: str, keys: tuple[str, ...]) -> None:
-        self._path, self._layer, self._keys = path, layer, keys
+    def __init__(
+        self, path: Path, layer: str, keys: tuple[str, ...], halved: tuple[str, ...]
+    ) -> None:
+        self._path, self._layer, self._keys, self._halved = path, layer, keys, halved
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._keys:
             raise KeyError(key)
         with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(f"{self._layer}:{key}")
+            if key not in self._halved:
+                tensor: Tensor = file.get_tensor(f"{self._layer}:{key}")
+                return tensor
+            return _unpacked(file.get_tensor(f"{self._layer}:{key}"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -135,14 +145,41 @@ def save_block(
         payload = dict(weight.payload)
         if weight.bias_O is not None:
             payload["bias"] = weight.bias_O
+        halved = [key for key, tensor in sorted(payload.items()) if _halves(tensor)]
+        payload |= {key: _packed(payload[key]) for key in halved}
         tensors |= {f"{name}:{key}": tensor for key, tensor in payload.items()}
         described[name] = {
             "format": weight.format,
             "shape": list(weight.shape),
             "loss": asdict(weight.loss),
             "payload": sorted(payload),
+            "halved": halved,
             "notes": dict(weight.notes),
         }
     # Layers may share an input scale; the file format wants each tensor to own its memory.
-    tensors = {key: tensors[key].contiguous().clone() for key in sorted(tensors)}
+    owners: set[int] = set()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        shared = tensor.data_ptr() in owners or tensor.untyped_storage().nbytes() != tensor.nbytes
+        tensors[key] = tensor.clone() if shared else tensor
+        owners.add(tensors[key].data_ptr())
+    tensors = dict(sorted(tensors.items()))
     save_file(tensors, path, metadata={"layers": json.dumps(described, sort_keys=True)})
+
+
+def _halves(tensor: Tensor) -> bool:
+    """Whether two columns fit in a byte."""
+    paired = tensor.dtype == torch.uint8 and tensor.ndim == 2 and tensor.numel() > 0
+    return paired and tensor.shape[1] % 2 == 0 and int(tensor.max()) < 16
+
+
+def _packed(codes_OI: Tensor) -> Tensor:
+    """uint8 O I/2, the first of two columns in the low four bits."""
+    pairs = codes_OI.contiguous().view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """uint8 O I."""
+    pairs = packed.to(torch.int16)
+    return ((pairs & 15) | ((pairs & 0xF0) << 4)).view(torch.uint8)

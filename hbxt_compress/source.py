@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -112,12 +114,18 @@ def _hashes(folder: Path, paths: list[Path], memo: Path | None) -> dict[str, str
             known = json.loads(memo.read_text())
         except ValueError:
             known = {}
-    found = {}
-    for path in paths:
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        known[key] = known.get(key) or file_sha256(path)
-        found[path.relative_to(folder).as_posix()] = known[key]
+    stats = [path.stat() for path in paths]
+    keys = [
+        f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        for path, stat in zip(paths, stats, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing holds no lock, and shards are many
+        hashes = pool.map(lambda path, key: known.get(key) or file_sha256(path), paths, keys)
+        known |= dict(zip(keys, hashes, strict=True))
+    found = {
+        path.relative_to(folder).as_posix(): known[key]
+        for path, key in zip(paths, keys, strict=True)
+    }
     if memo is not None:
         memo.parent.mkdir(parents=True, exist_ok=True)
         memo.with_suffix(".tmp").write_text(json.dumps(known))

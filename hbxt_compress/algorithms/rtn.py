@@ -27,7 +27,7 @@ class Rtn(Settings):
     search: Literal["none", "mse", "weighted"] = "mse"
     """How scales are chosen: from each group's range alone, by least error of the weights, or by
     least error weighted with what each input feature's errors cost."""
-    norm: Annotated[float, Field(ge=2, le=8)] = 2.0
+    norm: Annotated[float, Field(ge=2, le=8, multiple_of=0.5)] = 2.0
     """The power of the error that the search minimises; above 2 large weights are cut off less."""
 
     @model_validator(mode="after")

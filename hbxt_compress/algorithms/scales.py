@@ -12,13 +12,21 @@ searched is what is stored.
 
 The loss is that of squares or, on request, of another power of the error. Powers above 2 cut large
 entries off less, which is what a net wants when nothing is known of its inputs: an entry that is
-cut off errs always the same way. The refit is then a step of Newton's method.
+cut off errs always the same way. r is then 0.54 .. 1.24 where all entries matter alike, and the
+refit a step of Newton's method.
+
+Large weights are searched by compiled code, which needs a C++ compiler: some hundred operations on
+each number become one pass over it. Its sums differ from the others' in the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, reduce
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -28,10 +36,17 @@ from hbxt_compress.formats import WeightFormat
 
 __all__ = ["search_scales"]
 
+log = logging.getLogger(__name__)
 _RATIOS = tuple(i / 100 for i in (*range(24, 60, 6), *range(60, 112, 3), *range(112, 141, 6)))
+_RATIOS_NEAR_1 = tuple(r for r in _RATIOS if 0.5 < r < 1.3)
 _N_REFITS = 2
 _WEIGHTS_AT_ONCE = 1 << 18  # of a chunk of rows: its few copies stay near the core
+_COMPILED_AT_ONCE = 1 << 22  # weights of a chunk in compiled code, which keeps no copies
+_COMPILED_FROM = 1 << 20  # weights: compiling takes as long as searching some ten million
+_VARIANTS = 64  # of compiled code: formats, norms, with importances or without, one group or many
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
+
+Found = tuple[Tensor, Tensor | None]
 
 
 def search_scales(
@@ -44,9 +59,10 @@ def search_scales(
 ) -> Grid:
     """The grid of least sum_j importance_j |w_j - q_j|^norm per group; importance None: ones.
 
-    A group whose importances are all zero is searched as if they were ones. Without `thorough` the
-    range of each group alone decides: its largest entry is the deepest level (symmetric), or its
-    least and largest entries are the outer levels (asymmetric).
+    norm: a multiple of 0.5, at least 2. A group whose importances are all zero is searched as if
+    they were ones. Without `thorough` the range of each group alone decides: its largest entry is
+    the deepest level (symmetric), or its least and largest entries are the outer levels
+    (asymmetric).
 
     Raises:
         ValueError: the format has no levels, its group does not divide the inputs, or a weight or
@@ -56,146 +72,197 @@ def search_scales(
     n_in = weight_OI.shape[1]
     size = fmt.group or n_in
     root_GS = None if importance_I is None else _root(importance_I, size, norm).to(weight_OI.device)
-    rows = max(1, _WEIGHTS_AT_ONCE // n_in)
-    found = []
-    for chunk_OI in weight_OI.detach().float().split(rows):
-        groups = _Groups(
-            w_OGS=chunk_OI.reshape(len(chunk_OI), -1, size),
-            root_GS=root_GS,
-            levels=fmt.n_levels,
-            norm=norm,
-        )
-        found.append(_search(groups, asymmetric=fmt.asymmetric, thorough=thorough))
-    zeros = [pair.zero_OG for pair in found if pair.zero_OG is not None]
-    return Grid(
-        scales_OG=torch.cat([pair.scale_OG for pair in found]),
-        zeros_OG=torch.cat(zeros) if zeros else None,
-        group=size,
+    how = _Search(
         below=fmt.n_levels[0],
         above=fmt.n_levels[1],
+        asymmetric=fmt.asymmetric,
+        halves=round(2 * norm),
+    )
+    find: Callable[[Tensor, Tensor | None], Found] = how.nearest if thorough else how.range_alone
+    at_once = _WEIGHTS_AT_ONCE
+    if thorough and weight_OI.numel() >= _COMPILED_FROM and (compiled := _compiled(how)):
+        find, at_once = compiled, _COMPILED_AT_ONCE
+    found = [
+        find(chunk_OI.float().reshape(len(chunk_OI), -1, size), root_GS)
+        for chunk_OI in weight_OI.detach().split(max(1, at_once // n_in))
+    ]
+    zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
+    return Grid(
+        scales_OG=torch.cat([scale_OG for scale_OG, _ in found]),
+        zeros_OG=torch.cat(zeros) if zeros else None,
+        group=size,
+        below=how.below,
+        above=how.above,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A scale and a zero for every group, O G; zero None: 0."""
-
-    scale_OG: Tensor
-    zero_OG: Tensor | None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Groups:
-    """Weights of some rows by group, and importances to the power 1 / norm, None for ones."""
+class _Search:
+    """How grids are searched. The weights are O G S: groups of a row, inputs of a group; C trials.
 
-    w_OGS: Tensor
-    root_GS: Tensor | None
-    levels: tuple[int, int]
-    norm: float
+    halves: twice the norm's power; whole, because compiled code is made for any float. root_GS:
+    importances to the power 1 / norm, None for ones.
+    """
 
-    def steps(self, pair: _Pair) -> tuple[Tensor, Tensor]:
-        """w / scale, and the nearest level less the zero, O G S."""
-        exact_OGS = self.w_OGS / pair.scale_OG.unsqueeze(-1)
-        low, high = -self.levels[0], self.levels[1]
-        if pair.zero_OG is None:
-            return exact_OGS, exact_OGS.round().clamp_(low, high)
-        zero_OG1 = pair.zero_OG.unsqueeze(-1)
-        return exact_OGS, exact_OGS.round().clamp_(low - zero_OG1, high - zero_OG1)
+    below: int
+    above: int
+    asymmetric: bool
+    halves: int
 
-    def loss(self, pair: _Pair) -> Tensor:
-        """What each group loses, the norm-th root of it, O G."""
-        exact_OGS, steps_OGS = self.steps(pair)
-        exact_OGS -= steps_OGS
-        if self.root_GS is not None:
-            exact_OGS *= self.root_GS
-        norm_OG = torch.linalg.vector_norm(exact_OGS, ord=self.norm, dim=-1)
-        return (norm_OG * pair.scale_OG).abs_()
+    def range_alone(self, w_OGS: Tensor, root_GS: Tensor | None) -> Found:
+        """The scale, and zero if asymmetric, that the range of each group asks for."""
+        scale_OGC, zero_OGC = self._trials(_counted(w_OGS, root_GS), ())
+        return _nearest_storable(scale_OGC[..., 0]), None if zero_OGC is None else zero_OGC[..., 0]
 
-    def refitted(self, pair: _Pair) -> _Pair:
-        """The scale that suits the levels under this pair best, or better, in float32."""
-        exact_OGS, steps_OGS = self.steps(pair)
+    def nearest(self, w_OGS: Tensor, root_GS: Tensor | None) -> Found:
+        """The best scale and zero of each group: of the trials, the first, and then refitted."""
+        ratios = _RATIOS_NEAR_1 if root_GS is None and self.halves > 4 else _RATIOS
+        scale_OGC, zero_OGC = self._trials(_counted(w_OGS, root_GS), ratios)
+        unit_OG1 = _nearest_storable(scale_OGC[..., :1])
+        half_OGC = torch.cat([unit_OG1, scale_OGC[..., 1:].to(torch.float16).float()], dim=-1)
+        loss_OGC = self._losses(w_OGS, root_GS, half_OGC, zero_OGC, unit_OG1)
+        best_OG1 = loss_OGC.argmin(-1, keepdim=True)
+        scale_OG1, least_OG1 = half_OGC.gather(-1, best_OG1), loss_OGC.gather(-1, best_OG1)
+        zero_OG1 = None if zero_OGC is None else zero_OGC.gather(-1, best_OG1)
+        for _ in range(_N_REFITS):
+            trial_OG1 = self._refitted(w_OGS, root_GS, scale_OG1, zero_OG1)
+            trial_OG1 = trial_OG1.to(torch.float16).float()
+            loss_OG1 = self._loss(w_OGS, root_GS, trial_OG1, zero_OG1, unit_OG1)
+            wins_OG1 = loss_OG1 < least_OG1
+            scale_OG1 = torch.where(wins_OG1, trial_OG1, scale_OG1)
+            least_OG1 = torch.where(wins_OG1, loss_OG1, least_OG1)
+        return scale_OG1.squeeze(-1), None if zero_OG1 is None else zero_OG1.squeeze(-1)
+
+    def _trials(self, w_OGS: Tensor, ratios: tuple[float, ...]) -> Found:
+        """Scales and zeros to try: what suits the range, 0 included, and ratios of it."""
+        if not self.asymmetric:
+            extreme_OG1 = w_OGS.gather(-1, w_OGS.abs().argmax(-1, keepdim=True))
+            deeper = self.below > self.above
+            unit_OG1 = -extreme_OG1 / self.below if deeper else extreme_OG1.abs() / self.above
+            signs = (1.0, -1.0) if self.below != self.above else (1.0,)
+            factors = [1.0, *(ratio * sign for ratio in ratios for sign in signs)]
+            return unit_OG1 * w_OGS.new_tensor(factors), None
+        low_OG1 = w_OGS.amin(-1, keepdim=True).clamp_max(0)
+        high_OG1 = w_OGS.amax(-1, keepdim=True).clamp_min(0)
+        unit_OG1 = (high_OG1 - low_OG1) / (self.below + self.above)
+        middle_OG1, centre = (high_OG1 + low_OG1) / 2, (self.above - self.below) / 2
+        scale_OGC = unit_OG1 * w_OGS.new_tensor([1.0, *(r for r in ratios for _ in range(2))])
+        centred_OGC = centre - middle_OG1 / _nearest_storable(scale_OGC)
+        first_OG1 = centred_OGC[..., :1].round()
+        upper_C = torch.arange(2 * len(ratios), device=w_OGS.device) % 2
+        zero_OGC = torch.cat([first_OG1, centred_OGC[..., 1:].floor() + upper_C], dim=-1)
+        return scale_OGC, zero_OGC.clamp(-self.below, self.above)
+
+    def _steps(
+        self, w_OGS: Tensor, scale_OGC: Tensor, zero_OGC: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """w / scale, and the nearest level less the zero, O G C S."""
+        exact_OGCS = w_OGS.unsqueeze(-2) / scale_OGC.unsqueeze(-1)
+        if zero_OGC is None:
+            return exact_OGCS, exact_OGCS.round().clamp(-self.below, self.above)
+        zero_OGC1 = zero_OGC.unsqueeze(-1)
+        low_OGC1, high_OGC1 = -self.below - zero_OGC1, self.above - zero_OGC1
+        return exact_OGCS, exact_OGCS.round().clamp(low_OGC1, high_OGC1)
+
+    def _losses(
+        self,
+        w_OGS: Tensor,
+        root_GS: Tensor | None,
+        scale_OGC: Tensor,
+        zero_OGC: Tensor | None,
+        unit_OG1: Tensor,
+    ) -> Tensor:
+        """What `_loss` says of all trials; one after the other where each step makes a tensor."""
+        if torch.compiler.is_compiling():
+            return self._loss(w_OGS, root_GS, scale_OGC, zero_OGC, unit_OG1)
+        losses = []
+        for c in range(scale_OGC.shape[-1]):
+            zero_OG1 = None if zero_OGC is None else zero_OGC[..., c, None]
+            losses.append(self._loss(w_OGS, root_GS, scale_OGC[..., c, None], zero_OG1, unit_OG1))
+        return torch.cat(losses, dim=-1)
+
+    def _loss(
+        self,
+        w_OGS: Tensor,
+        root_GS: Tensor | None,
+        scale_OGC: Tensor,
+        zero_OGC: Tensor | None,
+        unit_OG1: Tensor,
+    ) -> Tensor:
+        """What each group loses under each trial: a number that rises with it, O G C.
+
+        Infinite where float16 does not hold the scale.
+        """
+        exact_OGCS, steps_OGCS = self._steps(w_OGS, scale_OGC, zero_OGC)
+        error_OGCS = exact_OGCS - steps_OGCS
+        if root_GS is not None:
+            error_OGCS = error_OGCS * root_GS.unsqueeze(-2)
+        if self.halves == 4:
+            loss_OGC = (torch.linalg.vector_norm(error_OGCS, dim=-1) * scale_OGC).abs()
+        else:
+            loss_OGC = _power(error_OGCS.abs(), self.halves).sum(-1)
+            loss_OGC = loss_OGC * _power((scale_OGC / unit_OG1).abs(), self.halves)
+        holds_OGC = torch.isfinite(scale_OGC) & (scale_OGC != 0)
+        return torch.where(holds_OGC, loss_OGC, torch.inf)
+
+    def _refitted(
+        self, w_OGS: Tensor, root_GS: Tensor | None, scale_OG1: Tensor, zero_OG1: Tensor | None
+    ) -> Tensor:
+        """The scale that suits the levels under these best, or better, O G 1."""
+        exact_OG1S, steps_OG1S = self._steps(w_OGS, scale_OG1, zero_OG1)
+        exact_OGS, steps_OGS = exact_OG1S.squeeze(-2), steps_OG1S.squeeze(-2)
         heavy_OGS = steps_OGS
-        if self.root_GS is not None:
-            heavy_OGS = steps_OGS * self.root_GS.pow(self.norm)
-        if self.norm != 2:
-            heavy_OGS = heavy_OGS * (exact_OGS - steps_OGS).abs_().pow_(self.norm - 2)
-        product_OG = (heavy_OGS * self.w_OGS).sum(-1)
-        scale_OG = product_OG / (heavy_OGS * steps_OGS).sum(-1)
-        if self.norm != 2:
-            scale_OG = torch.lerp(pair.scale_OG, scale_OG, 1 / (self.norm - 1))
-        return _Pair(scale_OG, pair.zero_OG)
-
-    @property
-    def counted_OGS(self) -> Tensor:
-        """The weights, but zeros where the importance is zero: they set no range."""
-        return self.w_OGS if self.root_GS is None else self.w_OGS * (self.root_GS > 0)
+        if root_GS is not None:
+            heavy_OGS = steps_OGS * _power(root_GS, self.halves)
+        if self.halves != 4:
+            heavy_OGS = heavy_OGS * _power((exact_OGS - steps_OGS).abs(), self.halves - 4)
+        product_OG = (heavy_OGS * w_OGS).sum(-1)
+        fitted_OG1 = (product_OG / (heavy_OGS * steps_OGS).sum(-1)).unsqueeze(-1)
+        if self.halves != 4:
+            fitted_OG1 = torch.lerp(scale_OG1, fitted_OG1, 2 / (self.halves - 2))
+        return fitted_OG1
 
 
-def _search(groups: _Groups, *, asymmetric: bool, thorough: bool) -> _Pair:
-    candidates = _asymmetric(groups, thorough) if asymmetric else _symmetric(groups, thorough)
-    first = next(candidates)
-    best = _Pair(_nearest_storable(first.scale_OG), first.zero_OG)
-    if not thorough:
-        return best
-    least_OG = groups.loss(best)
-    for trial in candidates:
-        best, least_OG = _better(groups, best, least_OG, trial)
-    for _ in range(_N_REFITS):
-        best, least_OG = _better(groups, best, least_OG, groups.refitted(best))
-    return best
+@cache
+def _compiled(how: _Search) -> Callable[[Tensor, Tensor | None], Found] | None:
+    """The search in compiled code; None, with a warning, where there is no compiler for it."""
+    exactly: dict[str, str | int | bool | Callable[..., object]] = {
+        "emulate_precision_casts": True  # or rounding to float16 is optimised away
+    }
+    compiled = torch.compile(how.nearest, dynamic=True, options=exactly)
+
+    def find(w_OGS: Tensor, root_GS: Tensor | None) -> Found:
+        with torch._dynamo.config.patch(recompile_limit=_VARIANTS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
+            found: Found = compiled(w_OGS, root_GS)
+        return found
+
+    try:
+        find(torch.ones(2, 2, 32), None)
+    except Exception as error:  # whatever a compiler that is not there raises
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        log.warning(
+            "scales are searched without compiled code, some thirty times slower: %s", told[-1]
+        )
+        return None
+    return find
 
 
-def _symmetric(groups: _Groups, thorough: bool) -> Iterator[_Pair]:
-    """The scale under which the largest entry is the deepest level, then the others."""
-    below, above = groups.levels
-    w_OGS = groups.counted_OGS
-    extreme_OG = w_OGS.gather(-1, w_OGS.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    unit_OG = -extreme_OG / below if below > above else extreme_OG.abs() / above
-    yield _Pair(unit_OG, None)
-    for ratio in _RATIOS:
-        yield _Pair(unit_OG * ratio, None)
-        if below != above:
-            yield _Pair(unit_OG * -ratio, None)
+def _power(size: Tensor, halves: int) -> Tensor:
+    """Numbers >= 0 to the power halves / 2, halves > 0."""
+    roots = [size.sqrt()] if halves % 2 else []
+    return reduce(mul, [size] * (halves // 2) + roots)
 
 
-def _asymmetric(groups: _Groups, thorough: bool) -> Iterator[_Pair]:
-    """The scale and zero under which the range, 0 included, just fits, then the others."""
-    below, above = groups.levels
-    w_OGS = groups.counted_OGS
-    low_OG, high_OG = w_OGS.amin(-1).clamp_max(0), w_OGS.amax(-1).clamp_min(0)
-    unit_OG, middle_OG = (high_OG - low_OG) / (below + above), (high_OG + low_OG) / 2
-    centre = (above - below) / 2
-
-    def centred_OG(scale_OG: Tensor) -> Tensor:
-        return centre - middle_OG / _nearest_storable(scale_OG)
-
-    yield _Pair(unit_OG, centred_OG(unit_OG).round().clamp_(-below, above))
-    for ratio in _RATIOS:
-        scale_OG = unit_OG * ratio
-        floor_OG = centred_OG(scale_OG).floor()
-        for zero_OG in (floor_OG, floor_OG + 1):
-            yield _Pair(scale_OG, zero_OG.clamp(-below, above))
+def _counted(w_OGS: Tensor, root_GS: Tensor | None) -> Tensor:
+    """The weights, but zeros where the importance is zero: they set no range."""
+    return w_OGS if root_GS is None else w_OGS * (root_GS > 0)
 
 
-def _better(groups: _Groups, best: _Pair, least_OG: Tensor, trial: _Pair) -> tuple[_Pair, Tensor]:
-    """Per group the pair that loses less; a trial whose scale float16 does not hold is refused."""
-    half_OG = trial.scale_OG.to(torch.float16).float()
-    holds_OG = torch.isfinite(half_OG) & (half_OG != 0)
-    trial = _Pair(torch.where(holds_OG, half_OG, best.scale_OG), trial.zero_OG)
-    loss_OG = groups.loss(trial)
-    wins_OG = holds_OG & (loss_OG < least_OG)
-    zero_OG = trial.zero_OG
-    if zero_OG is not None and best.zero_OG is not None:
-        zero_OG = torch.where(wins_OG, zero_OG, best.zero_OG)
-    best = _Pair(torch.where(wins_OG, trial.scale_OG, best.scale_OG), zero_OG)
-    return best, torch.where(wins_OG, loss_OG, least_OG)
-
-
-def _nearest_storable(scale_OG: Tensor) -> Tensor:
+def _nearest_storable(scale: Tensor) -> Tensor:
     """The nearest float16 but 0, as float32; all-zero groups get the least positive one."""
-    sign_OG = torch.where(scale_OG < 0, -1.0, 1.0)
-    size_OG = scale_OG.abs().clamp(_SMALLEST, _LARGEST)
-    return (sign_OG * size_OG).to(torch.float16).float()
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    return (sign * scale.abs().clamp(_SMALLEST, _LARGEST)).to(torch.float16).float()
 
 
 def _root(importance_I: Tensor, size: int, norm: float) -> Tensor:
@@ -217,7 +284,7 @@ def _checked(weight_OI: Tensor, fmt: WeightFormat, importance_I: Tensor | None) 
             f"{fmt.name}: {n_in} input features are not a multiple of {fmt.group}; "
             "WeightFormat.fits says what to use instead"
         )
-    if not bool(torch.isfinite(weight_OI).all()):
+    if not bool(torch.isfinite(torch.stack(weight_OI.aminmax())).all()):  # makes no copy
         raise ValueError("a weight holds NaN or infinity")
     if importance_I is None:
         return

@@ -123,8 +123,11 @@ class Int4:
     def pack(self, payload: Mapping[str, Tensor]) -> Tensor:
         """uint8 O G group/2: two codes a byte, the first in the low four bits."""
         n_out, n_in = payload["codes"].shape
-        codes = payload["codes"].reshape(n_out, n_in // self.group, self.group // 2, 2)
-        return codes[..., 0] | (codes[..., 1] << 4)
+        pairs = payload["codes"].reshape(n_out, n_in // self.group, self.group)
+        if pairs.is_meta:
+            return pairs[..., ::2]
+        pairs = pairs.contiguous().view(torch.int16)  # the first code in the low byte
+        return (pairs | (pairs >> 4)).to(torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """codes uint8 O I of what `pack` returned."""

@@ -47,6 +47,7 @@ def checked(levels: Tensor, n_levels: tuple[int, int]) -> Tensor:
     """
     whole = levels.to(torch.int16)
     below, above = n_levels
-    if not bool(((whole == levels) & (whole >= -below) & (whole <= above)).all()):
+    least, most = whole.aminmax() if whole.numel() else (0, 0)
+    if least < -below or most > above or not bool((whole == levels).all()):
         raise ValueError(f"levels must be whole numbers from -{below} to {above}")
     return whole

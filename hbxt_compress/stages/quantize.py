@@ -34,6 +34,7 @@ from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan
 from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
 from hbxt_compress.source import Source
+from hbxt_compress.stages.by_rows import round_by_rows
 from hbxt_compress.stages.prepare import Kept, input_transform, mix
 from hbxt_compress.stages.walk import Station, members, set_weights, walk
 from hbxt_compress.stats import LayerInputs, Need
@@ -70,11 +71,11 @@ def quantize(
         CalibrationError: a layer saw no input, or one that is not finite.
     """
     family = family_of(source)
-    _require_finite(source, family, layers)
     blind = list(layers)
     if trajectories is not None:
         blind = [layer for layer in layers if layer.spec.component not in family.chained]
         seen = [layer for layer in layers if layer.spec.component in family.chained]
+        _require_finite(source, family, seen)  # before hours, and all of them at once
         observed = load_trajectories(trajectories.folder, first=n_first, last=n_held_out)
         _walk(work, source, family, seen, prepare, observed, n_held_out, on)
     for (component, block), group in groupby(
@@ -82,7 +83,11 @@ def quantize(
     ):
         name = f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors"
         log.info("quantize: %s", name)
-        work.piece(name, partial(_blind, source, family, list(group)))
+        try:
+            work.piece(name, partial(_blind, source, family, list(group)))
+        except CalibrationError:
+            _require_finite(source, family, blind)
+            raise
     log.info("quantize: done", extra={"progress": (1, 1, "quantize")})
 
 
@@ -90,7 +95,9 @@ def _blind(source: Source, family: Family, chosen: Sequence[LayerPlan], path: Pa
     """Writes weights that are rounded without knowing their inputs."""
     weights = {}
     for layer in chosen:
-        weights[layer.spec.name] = _round(_weight(source, family, layer), None, None, layer)
+        rounded = round_by_rows(_weight(source, family, layer).split, layer)
+        payload = {**rounded.payload, **_activation(layer, None)}
+        weights[layer.spec.name] = replace(rounded, payload=payload)
     save_block(path, weights)
 
 
@@ -210,14 +217,14 @@ def _weight(source: Source, family: Family, member: LayerPlan) -> Tensor:
     parameter = member.spec.parameter
     files = family.weight_files(source, member.spec.component)
     with safe_open(files[parameter], framework="pt") as file:
-        return file.get_tensor(parameter).float().flatten(1)
+        return file.get_tensor(parameter).flatten(1)
 
 
 def _require_finite(source: Source, family: Family, layers: Sequence[LayerPlan]) -> None:
     broken = [
         f"{layer.spec.name} {list(layer.spec.shape)}"
         for layer in layers
-        if not bool(torch.isfinite(_weight(source, family, layer)).all())
+        if not bool(torch.isfinite(_weight(source, family, layer).float()).all())
     ]
     if broken:
         raise SourceError(f"{source.folder}: weights with NaN or infinity:\n{listing(broken)}")
