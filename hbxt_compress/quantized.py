@@ -143,6 +143,16 @@ def save_block(
             "payload": sorted(payload),
             "notes": dict(weight.notes),
         }
-    # Layers may share an input scale; the file format wants each tensor to own its memory.
-    tensors = {key: tensors[key].contiguous().clone() for key in sorted(tensors)}
+    tensors = _apart({key: tensors[key].contiguous() for key in sorted(tensors)})
     save_file(tensors, path, metadata={"layers": json.dumps(described, sort_keys=True)})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, as the file format wants it; layers may share an input scale."""
+    owned: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if memory in owned else tensor
+        owned.add(memory)
+    return apart

@@ -35,6 +35,8 @@ from hbxt_compress.plan import LayerPlan
 from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
 from hbxt_compress.source import Source
 from hbxt_compress.stages.prepare import Kept, input_transform, mix
+from hbxt_compress.stages.side_by_side import HEAD
+from hbxt_compress.stages.tables import TABLES, round_tables, use_tables
 from hbxt_compress.stages.walk import Station, members, set_weights, walk
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.store import Entry, Work
@@ -70,11 +72,15 @@ def quantize(
         CalibrationError: a layer saw no input, or one that is not finite.
     """
     family = family_of(source)
-    _require_finite(source, family, layers)
-    blind = list(layers)
+    blind = [layer for layer in layers if layer.spec.kind != "embedding"]
+    _require_finite(source, family, blind)
+    tables = [layer for layer in layers if layer.spec.kind == "embedding"]
+    for component, group in groupby(tables, key=lambda layer: layer.spec.component):
+        make = partial(round_tables, family.weights(source, component), list(group))
+        work.piece(TABLES.format(component), make)
     if trajectories is not None:
-        blind = [layer for layer in layers if layer.spec.component not in family.chained]
-        seen = [layer for layer in layers if layer.spec.component in family.chained]
+        seen = [layer for layer in blind if layer.spec.component in family.chained]
+        blind = [layer for layer in blind if layer.spec.component not in family.chained]
         observed = load_trajectories(trajectories.folder, first=n_first, last=n_held_out)
         _walk(work, source, family, seen, prepare, observed, n_held_out, on)
     for (component, block), group in groupby(
@@ -107,6 +113,11 @@ def _walk(
     """Rounds the layers of all components whose inputs can be observed, in running order."""
     waiting = {layer.spec.name: layer for layer in layers}
     for station in walk(source, observed, n_held_out, torch.device(on.device)):
+        rounded = work.folder / TABLES.format(station.component)
+        if station.piece == HEAD and rounded.exists():
+            tables = QuantizedModel.load(rounded).weights
+            half, names = station.sides.half.module, family.weights(source, station.component)
+            use_tables(half, station.component, tables, names.second_names)
         own = members(station, [layer.spec for layer in waiting.values()])
         done = len(layers) - len(waiting)
         where = f"{station.component} {station.piece}"
