@@ -156,14 +156,7 @@ def save_block(
             "halved": halved,
             "notes": dict(weight.notes),
         }
-    # Layers may share an input scale; the file format wants each tensor to own its memory.
-    owners: set[int] = set()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        shared = tensor.data_ptr() in owners or tensor.untyped_storage().nbytes() != tensor.nbytes
-        tensors[key] = tensor.clone() if shared else tensor
-        owners.add(tensors[key].data_ptr())
-    tensors = dict(sorted(tensors.items()))
+    tensors = _apart({key: tensors[key].contiguous() for key in sorted(tensors)})
     save_file(tensors, path, metadata={"layers": json.dumps(described, sort_keys=True)})
 
 
@@ -183,3 +176,14 @@ def _unpacked(packed: Tensor) -> Tensor:
     """uint8 O I."""
     pairs = packed.to(torch.int16)
     return ((pairs & 15) | ((pairs & 0xF0) << 4)).view(torch.uint8)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, as the file format wants it; layers may share an input scale."""
+    owned: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if memory in owned else tensor
+        owned.add(memory)
+    return apart

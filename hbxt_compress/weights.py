@@ -31,6 +31,7 @@ class Weights:
 
     def __init__(self, folder: Path, second_names: Mapping[str, str] = _NONE) -> None:
         self.folder = folder
+        self.second_names = second_names
         stored = read_headers(folder)
         self._places = {name: (name, header) for name, header in stored.items()}
         for second, first in second_names.items():
@@ -59,9 +60,19 @@ class Weights:
         stored, header = self._place(name)
         with safe_open(header.file, framework="pt") as file:
             tensor = file.get_tensor(stored).to(torch.float32, copy=True)
-        if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise SourceError(f"{header.file}: {stored} holds NaN or infinity; download it again")
+        _require_finite(tensor, stored, header)
         return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A float32 copy of rows start..stop along the first axis, checked finite.
+
+        Of a table larger than memory no more is read. Raises SourceError as `tensor` does.
+        """
+        stored, header = self._place(name)
+        with safe_open(header.file, framework="pt") as file:
+            rows = file.get_slice(stored)[start:stop].to(torch.float32, copy=True)
+        _require_finite(rows, stored, header)
+        return rows
 
     def mapped(self, name: str) -> Tensor:
         """The tensor as it is stored, not checked; its pages are read from the file when touched.
@@ -99,3 +110,8 @@ class Weights:
                 f"{self.folder}: no file holds a tensor {name!r}; is the checkpoint complete?"
             )
         return self._places[name]
+
+
+def _require_finite(tensor: Tensor, stored: str, header: Header) -> None:
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        raise SourceError(f"{header.file}: {stored} holds NaN or infinity; download it again")

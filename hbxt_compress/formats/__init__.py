@@ -13,6 +13,7 @@ from torch import Tensor
 from hbxt_compress.formats.int4 import Int4
 from hbxt_compress.formats.int8 import Int8
 from hbxt_compress.formats.plain import Plain
+from hbxt_compress.formats.table import Table
 from hbxt_compress.graph.builder import GraphBuilder, Value
 from hbxt_compress.layers import LayerSpec
 
@@ -76,7 +77,16 @@ class WeightFormat(Protocol):
     def weight(
         self, graph: GraphBuilder, name: str, payload: Mapping[str, Tensor], shape: tuple[int, ...]
     ) -> Value:
-        """Adds the nodes of the float32 weight in its original shape, for a Conv."""
+        """Adds the nodes of the float32 weight in its original shape, for a Conv or a Gather."""
+
+    def rows(
+        self, graph: GraphBuilder, name: str, ids: Value, payload: Mapping[str, Tensor]
+    ) -> Value:
+        """Adds the nodes of the float32 rows that ids select, for a Gather; ... I.
+
+        Each matrix among the initializers has the table's rows along its first axis and depends,
+        row by row, on the payload's: a large table is written some rows at a time.
+        """
 
 
 _ALL: Final[tuple[WeightFormat, ...]] = (
@@ -89,5 +99,7 @@ _ALL: Final[tuple[WeightFormat, ...]] = (
         for asymmetric in (False, True)
         for group in (128, 64, 32)
     ),
+    Table(bits=8),
+    *(Table(bits=4, group=group) for group in (128, 64, 32)),
 )
 FORMATS: Final[Mapping[str, WeightFormat]] = {f.name: f for f in _ALL}

@@ -48,7 +48,8 @@ class Int4:
     def fits(self, spec: LayerSpec) -> str | None:
         """Why the weight cannot take this format and what to do, or None if it can."""
         if spec.kind != "linear":
-            return f"{self.name} stores only linear weights, this is a {spec.kind}: keep it"
+            remedy = f"use int4-row-g{self.group}" if spec.kind == "embedding" else "keep it"
+            return f"{self.name} stores only linear weights, this is a {spec.kind}: {remedy}"
         n_in = spec.shape[1]
         if n_in % self.group:
             smaller = [group for group in _GROUPS if group < self.group and n_in % group == 0]
@@ -173,3 +174,9 @@ class Int4:
     ) -> Value:
         """Raises ValueError: its operator multiplies, there is no node for the weight alone."""
         raise ValueError(f"{name}: {self.name} stores only linear weights")
+
+    def rows(
+        self, graph: GraphBuilder, name: str, ids: Value, payload: Mapping[str, Tensor]
+    ) -> Value:
+        """Raises ValueError: tables have formats of their own."""
+        raise ValueError(f"{name}: {self.name} stores no tables that are looked up")

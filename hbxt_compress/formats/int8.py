@@ -37,7 +37,8 @@ class Int8:
     def fits(self, spec: LayerSpec) -> str | None:
         """Why the weight cannot take this format and what to do, or None if it can."""
         if spec.kind not in _KINDS:
-            return f"{self.name} stores no weights of a {spec.kind}: keep it"
+            remedy = "use int8-row" if spec.kind == "embedding" else "keep it"
+            return f"{self.name} stores no weights of a {spec.kind}: {remedy}"
         return None
 
     def bytes(self, shape: tuple[int, ...]) -> int:
@@ -88,6 +89,12 @@ class Int8:
         """Adds DequantizeLinear along axis 0 of codes of this shape; returns the weight."""
         codes = payload["codes"].reshape(shape)
         return self._dequantized(graph, name, codes, payload["scales"], axis=0)
+
+    def rows(
+        self, graph: GraphBuilder, name: str, ids: Value, payload: Mapping[str, Tensor]
+    ) -> Value:
+        """Raises ValueError: tables have formats of their own."""
+        raise ValueError(f"{name}: {self.name} stores no tables that are looked up")
 
     @staticmethod
     def _dequantized(

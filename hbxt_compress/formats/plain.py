@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -74,3 +75,15 @@ class Plain:
     ) -> Value:
         """The float32 weight of this shape; 16 bit through a Cast."""
         return graph.float32(f"{name}.weight", payload["weight"].reshape(shape))
+
+    def rows(
+        self, graph: GraphBuilder, name: str, ids: Value, payload: Mapping[str, Tensor]
+    ) -> Value:
+        """Adds the Gather; of 16 bit a Cast behind it, so that the table stays so at run time."""
+        table = graph.initializer(f"{name}.weight", payload["weight"])
+        shape = (*graph.shape_of(ids), *graph.shape_of(table)[1:])
+        dtype = ir.DataType.FLOAT16 if self.bits == 16 else ir.DataType.FLOAT
+        found = graph.node("Gather", [table, ids], shape=shape, dtype=dtype, axis=0)
+        if self.bits == 32:
+            return found
+        return graph.node("Cast", [found], shape=shape, to=int(ir.DataType.FLOAT))

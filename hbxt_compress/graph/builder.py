@@ -5,14 +5,24 @@ Every value gets its dtype and shape here, because ONNX shape inference knows no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
-__all__ = ["CONTRIB", "GraphBuilder", "Value", "constant", "content_of", "name_of", "present"]
+__all__ = [
+    "CONTRIB",
+    "ByRows",
+    "GraphBuilder",
+    "Value",
+    "constant",
+    "content_of",
+    "name_of",
+    "present",
+]
 
 CONTRIB = "com.microsoft"
 Value = ir.Value
@@ -84,6 +94,26 @@ class GraphBuilder:
         if value.shape is None or not value.shape.is_static():
             raise ValueError(f"value {value.name!r} has no static shape: {value.shape}")
         return tuple(value.shape.numpy())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByRows:
+    """A content that need not be in memory at once. Called, it gives the whole.
+
+    part: gives rows start..stop along the first axis. n_at_once: rows that are asked for together.
+    """
+
+    n_rows: int
+    n_at_once: int
+    part: Callable[[int, int], ir.TensorProtocol]
+
+    def __call__(self) -> ir.TensorProtocol:
+        return self.part(0, self.n_rows)
+
+    def parts(self) -> Iterator[ir.TensorProtocol]:
+        """The whole, in order."""
+        for start in range(0, self.n_rows, self.n_at_once):
+            yield self.part(start, min(start + self.n_at_once, self.n_rows))
 
 
 def constant(name: str, tensor: Tensor) -> ir.Tensor:

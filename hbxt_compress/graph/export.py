@@ -14,7 +14,7 @@ from hbxt_compress.graph.capture import ComponentGraphs, Read, capture
 from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.external import write_models
 from hbxt_compress.graph.passes import lower
-from hbxt_compress.graph.storage import Precision, Storage
+from hbxt_compress.graph.storage import Precision, ReadRows, Storage
 from hbxt_compress.layers import LayerName
 
 __all__ = ["export_component"]
@@ -29,19 +29,21 @@ def export_component(
     activations: Mapping[LayerName, str] | None = None,
     facts: Mapping[str, str] | None = None,
     read: Read | None = None,
+    read_rows: ReadRows | None = None,
 ) -> None:
     """Writes config.json, the graphs and model.onnx.data; the same inputs give the same bytes.
 
     A layer that `weights` does not name is stored in `precision`; an empty payload means the
     module's own weight in that format. activations: what a layer's input is stored as, if it is
     rounded. Biases, norms and tables stay float32. read: gives a parameter by its name, for modules
-    without values; each is asked for when it is written, and let go of before the next.
+    without values; each is asked for when it is written, and let go of before the next. read_rows:
+    gives rows start..stop of one that is looked up, so that a table need never be whole.
 
     Raises:
         ExportError: A weight overflows float16, a planned layer is not in the graph, or a graph
             breaks a rule of the target.
     """
-    storage = Storage(component.component, weights, precision, activations or {})
+    storage = Storage(component.component, weights, precision, activations or {}, read_rows)
     models = {}
     for name, spec in component.graphs.items():
         models[name] = capture(spec, read)

@@ -2,19 +2,22 @@
 
 Tensors over 1 KiB go to the data file, each content once even if several models hold it; those
 over 1 MiB start at a multiple of 64 KiB. External entries are location, offset, length in this
-order, because MIGraphX reads them by position.
+order, because MIGraphX reads them by position. A tensor is written without a copy of it, and a
+table that is made by rows without ever being whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 
-from hbxt_compress.graph.builder import content_of, name_of
+from hbxt_compress.graph.builder import ByRows, content_of, name_of
 
 __all__ = ["ALIGNMENT", "DATA_FILE", "INLINE_BYTES", "component_bytes", "write_models"]
 
@@ -51,21 +54,18 @@ def _move(
     A lazy one is read once, here, and not kept.
     """
     tensor = content_of(value)
-    if isinstance(tensor, ir.LazyTensor):
-        tensor = tensor.raw()
-    content = tensor.tobytes()
-    if len(content) <= INLINE_BYTES:
+    if tensor.nbytes <= INLINE_BYTES:
         value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
         return
-    digest = hashlib.sha256(content).hexdigest()
-    if digest not in written:
-        start = data.tell()
-        step = ALIGNMENT if len(content) > _ALIGNED_FROM else _SMALL_ALIGNMENT
-        offset = -(-start // step) * step
-        data.write(b"\0" * (offset - start))
-        data.write(content)
-        written[digest] = (offset, len(content))
-    offset, length = written[digest]
+    start = data.tell()
+    step = ALIGNMENT if tensor.nbytes > _ALIGNED_FROM else _SMALL_ALIGNMENT
+    offset = -(-start // step) * step
+    data.write(b"\0" * (offset - start))
+    digest = _append(_parts(tensor), data)
+    if digest in written:  # known only now: nothing is made twice to find out
+        data.seek(start)
+        data.truncate()
+    offset, length = written.setdefault(digest, (offset, tensor.nbytes))
     value.const_value = ir.ExternalTensor(
         DATA_FILE,
         offset,
@@ -75,3 +75,28 @@ def _move(
         name=name_of(value),
         base_dir=folder,
     )
+
+
+def _parts(tensor: ir.TensorProtocol) -> Iterable[ir.TensorProtocol]:
+    """The tensor's content, in parts where it can be had so."""
+    if not isinstance(tensor, ir.LazyTensor):
+        return (tensor,)
+    return tensor.raw.parts() if isinstance(tensor.raw, ByRows) else (tensor.raw(),)
+
+
+def _append(parts: Iterable[ir.TensorProtocol], data: BinaryIO) -> str:
+    """Writes the bytes of all parts; the sha256 of them together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = _bytes(part)
+        digest.update(content)
+        data.write(content)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """What the file holds of a tensor; its own memory where that has the file's layout."""
+    array = np.ascontiguousarray(tensor.numpy())
+    if sys.byteorder != "little" or array.nbytes != tensor.nbytes:  # such as two codes a byte
+        return tensor.tobytes()
+    return array.reshape(-1).view(np.uint8).data

@@ -90,13 +90,17 @@ def _product(
 
 
 def store_other_weights(model: ir.Model, storage: Storage) -> None:
-    """Before: Conv and Gather read float32 weights. After: stored ones, 16 bit through a Cast.
+    """Before: Conv and Gather read float32 weights. After: stored ones, decoded by their format.
 
-    A table larger than what is gathered from it is cast behind the Gather: the table itself then
-    stays in 16 bit at run time too.
+    A table larger than what is gathered from it is decoded behind the Gather: the table itself then
+    stays as it is stored at run time too.
+
+    Raises:
+        ExportError: two Gathers look up rows of one large table.
     """
     graph = model.graph
     done: dict[str, ir.Value] = {}
+    looked_up: set[str] = set()
     for node in [n for n in graph if n.op_type in ("Conv", "Gather") and n.domain == ""]:
         index = 1 if node.op_type == "Conv" else 0
         weight = node.inputs[index]
@@ -104,23 +108,31 @@ def store_other_weights(model: ir.Model, storage: Storage) -> None:
             continue
         module = name_of(weight).removeprefix("model.").removesuffix(".weight")
         shape = GraphBuilder.shape_of(weight)
-        stored = storage.of(f"{storage.component}/{module}", content_of(weight))
-        plain = set(stored.outline) == {"weight"}
-        if not plain and node.op_type != "Conv":
-            raise ExportError(f"{module}: a table cannot be stored as {stored.format.name}")
-        behind = (
-            plain
-            and stored.outline["weight"].dtype != torch.float32
-            and node.op_type == "Gather"
-            and math.prod(shape) > math.prod(GraphBuilder.shape_of(node.outputs[0]))
-        )
+        if node.op_type == "Gather" and _looks_up(node, shape):
+            if module in looked_up:
+                raise ExportError(
+                    f"{module}: two operators look up rows of this table of shape {list(shape)}; "
+                    "look up all rows at once in the model's export wrapper"
+                )
+            looked_up.add(module)
+            stored = storage.of(f"{storage.component}/{module}", content_of(weight))
+            emit = partial(_rows, stored.format, module)
+            out = stored.emit_rows(graph, node, present(node.inputs[1]), emit)
+            node.outputs[0].replace_all_uses_with(out, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            continue
         if module not in done:
-            whole = partial(_weight, stored.format, module, shape)
-            emit = partial(_table, module) if behind else whole
+            stored = storage.of(f"{storage.component}/{module}", content_of(weight))
+            emit = partial(_weight, stored.format, module, shape)
             done[module] = stored.emit(graph, node, weight, emit)
         node.replace_input_with(index, done[module])
-        if behind:
-            _cast_behind(graph, node)
+
+
+def _looks_up(node: ir.Node, shape: tuple[int, ...]) -> bool:
+    """Whether a Gather takes rows of a table, and fewer numbers than the table has."""
+    axis = node.attributes.get("axis")
+    n_found = math.prod(GraphBuilder.shape_of(node.outputs[0]))
+    return (axis is None or axis.as_int() == 0) and math.prod(shape) > n_found
 
 
 def _weight(
@@ -135,21 +147,15 @@ def _weight(
     return stored.weight(builder, name, payload, shape)
 
 
-def _table(name: str, builder: GraphBuilder, _: Value, payload: Mapping[str, Tensor]) -> Value:
-    """The 16-bit weight."""
-    return builder.initializer(f"{name}.weight", payload["weight"])
-
-
-def _cast_behind(graph: ir.Graph, node: ir.Node) -> None:
-    out = node.outputs[0]
-    out.type = ir.TensorType(ir.DataType.FLOAT16)
-    cast = ir.node("Cast", [out], {"to": int(ir.DataType.FLOAT)})
-    cast.outputs[0].shape, cast.outputs[0].type = out.shape, ir.TensorType(ir.DataType.FLOAT)
-    cast.metadata_props.update(node.metadata_props)
-    for user, index in out.uses():
-        if user is not cast:
-            user.replace_input_with(index, cast.outputs[0])
-    graph.insert_after(node, cast)
+def _rows(
+    stored: WeightFormat,
+    name: str,
+    builder: GraphBuilder,
+    ids: Value,
+    payload: Mapping[str, Tensor],
+) -> Value:
+    """The float32 rows that are looked up."""
+    return stored.rows(builder, name, ids, payload)
 
 
 def expand_fills(model: ir.Model) -> None:

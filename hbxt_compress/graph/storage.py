@@ -3,11 +3,12 @@
 A format adds its nodes twice. While a graph is lowered it sees a payload whose matrices are on the
 meta device: that gives names, shapes and dtypes. When an initializer is written it adds them to
 another graph, which is thrown away, from the true payload. So no two weights are in memory at once.
+Of a table that is looked up the same is done for some rows at a time: it may be larger than memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -20,15 +21,17 @@ from torch import Tensor
 
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS, WeightFormat
-from hbxt_compress.graph.builder import GraphBuilder, Value, content_of
+from hbxt_compress.graph.builder import ByRows, GraphBuilder, Value, content_of
 from hbxt_compress.layers import LayerName
 
-__all__ = ["Precision", "Storage", "Stored"]
+__all__ = ["Precision", "ReadRows", "Storage", "Stored"]
 
 Precision = Literal[16, 32]
 Payload = Mapping[str, Tensor]
 Emit = Callable[[GraphBuilder, Value, Payload], Value]
+ReadRows = Callable[[str, int, int], Tensor]
 _NO_NAMES: Mapping[LayerName, str] = MappingProxyType({})
+_NUMBERS_AT_ONCE = 1 << 20  # of a table: 4 MiB in float32, and a few copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +39,41 @@ class Stored:
     """One weight in its format.
 
     outline: the payload with every matrix on the meta device. payload: gives the whole of it.
+    rows: gives that of rows start..stop of a table; in_parts: whether they can be had apart.
     """
 
     layer: str
     format: WeightFormat
     outline: Payload
     payload: Callable[[], Payload]
+    rows: Callable[[int, int], Payload]
+    in_parts: bool
 
     def emit(self, graph: ir.Graph, before: ir.Node, x: Value, emit: Emit) -> Value:
         """What `emit(builder, x, payload)` adds to the graph; matrices are read when written."""
         contents = _Contents(self.payload, x, emit)
         return emit(GraphBuilder(graph, before, contents.later), x, self.outline)
 
+    def emit_rows(self, graph: ir.Graph, before: ir.Node, ids: Value, emit: Emit) -> Value:
+        """The same for nodes that look rows up; matrices are read and written by rows."""
+        n_rows = max(len(tensor) for tensor in self.outline.values() if tensor.is_meta)
+        n_features = max(tensor[0].numel() for tensor in self.outline.values() if tensor.is_meta)
+        n_at_once = max(1, _NUMBERS_AT_ONCE // n_features) if self.in_parts else n_rows
+
+        def later(name: str) -> ByRows:
+            def part(start: int, stop: int) -> ir.TensorProtocol:
+                return _emitted({name}, self.rows(start, stop), ids, emit)[name]
+
+            return ByRows(n_rows=n_rows, n_at_once=n_at_once, part=part)
+
+        return emit(GraphBuilder(graph, before, later), ids, self.outline)
+
 
 class Storage:
-    """How each layer of one component is stored, and which layers a graph has used so far."""
+    """How each layer of one component is stored, and which layers a graph has used so far.
+
+    read_rows: gives rows start..stop of a parameter by its name; None: they are cut from the whole.
+    """
 
     def __init__(
         self,
@@ -58,9 +81,11 @@ class Storage:
         weights: Mapping[LayerName, tuple[WeightFormat, Payload]],
         precision: Precision,
         activations: Mapping[LayerName, str] = _NO_NAMES,
+        read_rows: ReadRows | None = None,
     ) -> None:
         prefix = f"{component}/"
         self._activations = activations
+        self._read_rows = read_rows
         self.component = component
         self._default = FORMATS[f"fp{precision}"]
         self._weights = {name: how for name, how in weights.items() if name.startswith(prefix)}
@@ -76,11 +101,19 @@ class Storage:
         outline = payload or _encoded(
             chosen, torch.empty(weight.shape.numpy(), dtype=torch.float32, device="meta")
         )
+        read = partial(_rows, f"{layer.removeprefix(f'{self.component}/')}.weight", weight)
+
+        def rows(start: int, stop: int) -> Payload:
+            part = {key: tensor[start:stop] for key, tensor in payload.items()}
+            return _read(layer, chosen, part, partial(read, self._read_rows, start, stop))
+
         return Stored(
             layer=layer,
             format=chosen,
             outline={key: t.to("meta") if t.ndim > 1 else t.clone() for key, t in outline.items()},
-            payload=partial(_read, layer, chosen, payload, weight),
+            payload=partial(_read, layer, chosen, payload, partial(_tensor, weight)),
+            rows=rows,
+            in_parts=bool(payload) or self._read_rows is not None,
         )
 
     def activations(self, layer: str) -> str:
@@ -101,9 +134,7 @@ class _Contents:
     """
 
     def __init__(self, payload: Callable[[], Payload], x: Value, emit: Emit) -> None:
-        self._payload = payload
-        self._shape, self._type = x.shape, x.type
-        self._emit = emit
+        self._payload, self._x, self._emit = payload, x, emit
         self._wanted: set[str] = set()
         self._made: dict[str, ir.TensorProtocol] = {}
 
@@ -114,28 +145,38 @@ class _Contents:
 
     def _of(self, name: str) -> ir.TensorProtocol:
         if name not in self._made:
-            x = ir.Value(name="x", shape=self._shape, type=self._type)
-            end = ir.node("Identity", [x])
-            scratch = ir.Graph([x], end.outputs, nodes=[end])
-            self._emit(GraphBuilder(scratch, end), x, self._payload())
-            self._made = {key: content_of(scratch.initializers[key]) for key in self._wanted}
-            for value in scratch.initializers.values():  # a graph is a cycle, freed who knows when
-                value.const_value = None
+            self._made = _emitted(self._wanted, self._payload(), self._x, self._emit)
         return self._made.pop(name)
+
+
+def _emitted(
+    wanted: Set[str], payload: Payload, like: Value, emit: Emit
+) -> dict[str, ir.TensorProtocol]:
+    """The initializers of these names that a format makes of a payload, given a value like x."""
+    x = ir.Value(name="x", shape=like.shape, type=like.type)
+    end = ir.node("Identity", [x])
+    scratch = ir.Graph([x], end.outputs, nodes=[end])
+    emit(GraphBuilder(scratch, end), x, payload)
+    made = {key: content_of(scratch.initializers[key]) for key in wanted}
+    for value in scratch.initializers.values():  # a graph is a cycle, freed who knows when
+        value.const_value = None
+    return made
 
 
 def _encoded(chosen: WeightFormat, weight: Tensor) -> Payload:
     return chosen.encode(weight, torch.ones(()))
 
 
-def _read(layer: str, chosen: WeightFormat, payload: Payload, weight: ir.TensorProtocol) -> Payload:
+def _read(
+    layer: str, chosen: WeightFormat, payload: Payload, weight: Callable[[], Tensor]
+) -> Payload:
     """The planned payload or else the weight's own, checked finite."""
-    found = dict(payload) or _encoded(chosen, _tensor(weight))
+    found = dict(payload) or _encoded(chosen, weight())
     for tensor in found.values():
         if tensor.is_floating_point() and not _finite(tensor):
             raise ExportError(
                 f"{layer}: cannot be stored as {chosen.name}: its largest absolute value "
-                f"{float(_tensor(weight).abs().max()):.6g} is beyond 65504 or not finite; "
+                f"{float(weight().abs().max()):.6g} is beyond 65504 or not finite; "
                 "store it as fp32"
             )
     return found
@@ -148,3 +189,9 @@ def _finite(tensor: Tensor) -> bool:
 
 def _tensor(content: ir.TensorProtocol) -> Tensor:
     return torch.from_numpy(np.asarray(content.numpy()))
+
+
+def _rows(
+    parameter: str, weight: ir.TensorProtocol, read: ReadRows | None, start: int, stop: int
+) -> Tensor:
+    return _tensor(weight)[start:stop] if read is None else read(parameter, start, stop)

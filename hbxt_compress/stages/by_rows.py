@@ -1,58 +1,78 @@
-"""Rounding by rows: a weight whose rounder asks for no inputs, some rows at a time.
+"""Rounding by rows: weights whose rounder asks for no inputs, some rows at a time.
 
-So a weight larger than memory can be rounded, and one that is not stays near the core.
+So a table larger than memory can be rounded, and smaller weights stay near the core meanwhile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.plan import LayerPlan
-from hbxt_compress.quantized import Loss, QuantizedWeight
+from hbxt_compress.quantized import Loss, QuantizedWeight, save_block
+from hbxt_compress.stats import LayerInputs
+from hbxt_compress.weights import Weights
 
-__all__ = ["round_by_rows"]
+__all__ = ["activation_payload", "round_blindly"]
 
 _NUMBERS_AT_ONCE = 1 << 21  # 8 MiB in float32, and a few copies
 
 
-def round_by_rows(read: Callable[[int], Iterable[Tensor]], layer: LayerPlan) -> QuantizedWeight:
-    """One weight in its format; its payload is all of it that is in memory.
-
-    read: gives all rows in order, at most so many at once, O I (or more axes) of any float dtype.
+def round_blindly(weights: Weights, layers: Sequence[LayerPlan], path: Path) -> None:
+    """Writes the rounded weights of some layers of a component, as `save_block` does.
 
     Raises:
-        CalibrationError: the rounder refuses it.
+        SourceError: a weight holds NaN or infinity.
+        CalibrationError: a rounder refuses one.
     """
+    save_block(path, {layer.spec.name: _rounded(weights, layer) for layer in layers})
+
+
+def activation_payload(layer: LayerPlan, inputs: LayerInputs | None) -> Mapping[str, Tensor]:
+    """What a rounded input adds to a layer's payload."""
+    if layer.activations == "keep":
+        return {}
+    absmax_I = None if inputs is None else inputs.everything().absmax_I
+    return ACTIVATIONS[layer.activations].payload(absmax_I)
+
+
+def _rounded(weights: Weights, layer: LayerPlan) -> QuantizedWeight:
+    """One weight in its format; its payload is all of it that is in memory."""
     fmt, how, shape = FORMATS[layer.weights], layer.how, layer.spec.shape
     assert how is not None  # the plan refuses quantized formats without a rounder
-    n_rows, n_in = shape[0], max(1, layer.spec.n_weights // shape[0])
+    n_rows, n_in = shape[0], layer.spec.n_weights // shape[0]
     # A low-rank branch is the whole weight's
-    n_at_once = n_rows if fmt.rank else max(1, _NUMBERS_AT_ONCE // n_in)
+    n_at_once = n_rows if fmt.rank else min(n_rows, max(1, _NUMBERS_AT_ONCE // n_in))
     payload: dict[str, Tensor] = {}
-    lost, kept, start = 0.0, 0.0, 0
-    for given in read(n_at_once):
-        rows_OI = given.flatten(1).float()
+    lost = kept = 0.0
+    for start in range(0, n_rows, n_at_once):
+        rows_OI = weights.rows(layer.spec.parameter, start, start + n_at_once).flatten(1)
         try:
-            part = how.round(rows_OI, None, fmt).payload
+            rounded = how.round(rows_OI, None, fmt).payload
         except ValueError as error:
             raise CalibrationError(f"{layer.spec.name} {list(shape)}: {error}") from None
-        for key, rows in part.items():
-            if len(rows_OI) == n_rows:
-                payload[key] = rows
+        for key, part in rounded.items():
+            if n_at_once == n_rows:
+                payload[key] = part
                 continue
-            whole = payload.setdefault(key, rows.new_empty(n_rows, *rows.shape[1:]))
-            whole[start : start + len(rows_OI)] = rows
-        lost += _energy(fmt.decode(part) - rows_OI)
+            whole = payload.setdefault(key, part.new_empty(n_rows, *part.shape[1:]))
+            whole[start : start + n_at_once] = part
+        lost += _energy(fmt.decode(rounded) - rows_OI)
         kept += _energy(rows_OI)
-        start += len(rows_OI)
     share = lost / kept if kept else math.inf if lost else 0.0
-    return QuantizedWeight(format=fmt.name, payload=payload, shape=shape, loss=Loss(error=share))
+    return QuantizedWeight(
+        format=fmt.name,
+        payload={**payload, **activation_payload(layer, None)},
+        shape=shape,
+        loss=Loss(error=share),
+    )
 
 
 def _energy(rows_OI: Tensor) -> float:

@@ -107,6 +107,7 @@ def _write(
         precision=plan.precision,
         activations=activations,
         read=lambda name: tuned[name] if name in tuned else stored.tensor(name),
+        read_rows=stored.rows,
     )
     if plan.precision == 32:
         _require_parity(folder, family, source, component, tuned)

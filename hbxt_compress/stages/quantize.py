@@ -27,15 +27,16 @@ from hbxt_compress.algorithms.transform import Transform
 from hbxt_compress.chain import layer_at
 from hbxt_compress.errors import CalibrationError, SourceError, listing
 from hbxt_compress.formats import FORMATS
-from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.layers import LayerName, Pair
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan
 from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
 from hbxt_compress.source import Source
-from hbxt_compress.stages.by_rows import round_by_rows
+from hbxt_compress.stages.by_rows import activation_payload, round_blindly
 from hbxt_compress.stages.prepare import Kept, input_transform, mix
+from hbxt_compress.stages.side_by_side import HEAD
+from hbxt_compress.stages.tables import TABLES, use_tables
 from hbxt_compress.stages.walk import Station, members, set_weights, walk
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.store import Entry, Work
@@ -71,10 +72,14 @@ def quantize(
         CalibrationError: a layer saw no input, or one that is not finite.
     """
     family = family_of(source)
-    blind = list(layers)
+    blind = [layer for layer in layers if layer.spec.kind != "embedding"]
+    tables = [layer for layer in layers if layer.spec.kind == "embedding"]
+    for component, group in groupby(tables, key=lambda layer: layer.spec.component):
+        make = partial(round_blindly, family.weights(source, component), list(group))
+        work.piece(TABLES.format(component), make)
     if trajectories is not None:
-        blind = [layer for layer in layers if layer.spec.component not in family.chained]
-        seen = [layer for layer in layers if layer.spec.component in family.chained]
+        seen = [layer for layer in blind if layer.spec.component in family.chained]
+        blind = [layer for layer in blind if layer.spec.component not in family.chained]
         _require_finite(source, family, seen)  # before hours, and all of them at once
         observed = load_trajectories(trajectories.folder, first=n_first, last=n_held_out)
         _walk(work, source, family, seen, prepare, observed, n_held_out, on)
@@ -83,22 +88,13 @@ def quantize(
     ):
         name = f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors"
         log.info("quantize: %s", name)
+        make = partial(round_blindly, family.weights(source, component), list(group))
         try:
-            work.piece(name, partial(_blind, source, family, list(group)))
-        except CalibrationError:
+            work.piece(name, make)
+        except SourceError:
             _require_finite(source, family, blind)
             raise
     log.info("quantize: done", extra={"progress": (1, 1, "quantize")})
-
-
-def _blind(source: Source, family: Family, chosen: Sequence[LayerPlan], path: Path) -> None:
-    """Writes weights that are rounded without knowing their inputs."""
-    weights = {}
-    for layer in chosen:
-        rounded = round_by_rows(_weight(source, family, layer).split, layer)
-        payload = {**rounded.payload, **_activation(layer, None)}
-        weights[layer.spec.name] = replace(rounded, payload=payload)
-    save_block(path, weights)
 
 
 def _walk(
@@ -114,6 +110,11 @@ def _walk(
     """Rounds the layers of all components whose inputs can be observed, in running order."""
     waiting = {layer.spec.name: layer for layer in layers}
     for station in walk(source, observed, n_held_out, torch.device(on.device)):
+        rounded = work.folder / TABLES.format(station.component)
+        if station.piece == HEAD and rounded.exists():
+            tables = QuantizedModel.load(rounded).weights
+            half, names = station.sides.half.module, family.weights(source, station.component)
+            use_tables(half, station.component, tables, names.second_names)
         own = members(station, [layer.spec for layer in waiting.values()])
         done = len(layers) - len(waiting)
         where = f"{station.component} {station.piece}"
@@ -197,20 +198,12 @@ def _round(
     decoded_OI = fmt.decode(rounded.payload)
     return QuantizedWeight(
         format=fmt.name,
-        payload={**rounded.payload, **transform.payload(), **_activation(member, seen)},
+        payload={**rounded.payload, **transform.payload(), **activation_payload(member, seen)},
         shape=member.spec.shape,
         loss=measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits, rounded.target_OI),
         bias_O=None if bias_O is None else bias_O.detach().float().clone(),
         notes={**rounded.notes, **notes},
     )
-
-
-def _activation(member: LayerPlan, inputs: LayerInputs | None) -> Mapping[str, Tensor]:
-    """What a rounded input adds to the payload."""
-    if member.activations == "keep":
-        return {}
-    absmax_I = None if inputs is None else inputs.everything().absmax_I
-    return ACTIVATIONS[member.activations].payload(absmax_I)
 
 
 def _weight(source: Source, family: Family, member: LayerPlan) -> Tensor:

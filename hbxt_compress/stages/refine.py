@@ -31,6 +31,7 @@ from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import text_batches, transformer_batches
 from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.student import free_parameters, make_student, tuned
+from hbxt_compress.stages.tables import use_tables
 from hbxt_compress.store import Entry, Work
 from hbxt_compress.trajectories import load_trajectories
 
@@ -69,6 +70,7 @@ def refine(
             continue
         module = family.load(source, component).to(device)
         student = make_student(module, component, own).to(device)
+        use_tables(student, component, own, family.weights(source, component).second_names)
         full, half = (family.chain(source, component, one) for one in (module, student))
         if component == "text_encoder":
             for i, batch in text_batches(observed, n_held_out):

@@ -110,11 +110,16 @@ class QuantizedLinear(nn.Module):
 def make_student(
     module: nn.Module, component: str, weights: Mapping[LayerName, QuantizedWeight]
 ) -> nn.Module:
-    """A copy of a full-precision component with its quantized linears in it, nothing trainable."""
+    """A copy of a full-precision component with its quantized linears in it, nothing trainable.
+
+    Tables stay as they are.
+    """
     student = copy.deepcopy(module).requires_grad_(False)
     for name, weight in weights.items():
-        if name.startswith(f"{component}/") and len(weight.shape) == 2:
-            path = name.removeprefix(f"{component}/")
+        path = name.removeprefix(f"{component}/")
+        if path == name or len(weight.shape) != 2:
+            continue
+        if not isinstance(student.get_submodule(path), nn.Embedding):
             bias = layer_at(student, path).bias if weight.bias_O is None else weight.bias_O
             student.set_submodule(path, QuantizedLinear(weight, bias))
     return student.requires_grad_(False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,12 @@ from hbxt_compress.graph.parity import run_graph
 from hbxt_compress.graph.passes import clean_up
 from hbxt_compress.layers import LayerName, LayerSpec
 
+Add = Callable[[GraphBuilder, ir.Value], ir.Value]
 _BYTES = {ir.DataType.FLOAT16: 2, ir.DataType.FLOAT: 4, ir.DataType.INT8: 1, ir.DataType.UINT8: 1}
 _QUANTIZING = [name for name in FORMATS if not name.startswith("fp")]
+_LOOKED_UP_ONLY = [name for name in FORMATS if "-row" in name]
+_TABLES = ["fp16", "fp32", *_LOOKED_UP_ONLY]
+_MULTIPLIED = [name for name in FORMATS if name not in _LOOKED_UP_ONLY]
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -60,7 +66,7 @@ def _random(fmt: WeightFormat, n_out: int, n_in: int, seed: int = 0) -> dict[str
 
 def _scales(fmt: WeightFormat, weight_OI: Tensor) -> Tensor:
     """Signed-max scales: negative for about half of the groups of symmetric int4."""
-    if not isinstance(fmt, Int4):
+    if fmt.group is None:
         return (weight_OI.abs().amax(dim=1, keepdim=True) / 127).half()
     grouped = weight_OI.reshape(weight_OI.shape[0], -1, fmt.group)
     at = grouped.abs().argmax(dim=2, keepdim=True)
@@ -74,26 +80,37 @@ def _spec(shape: tuple[int, ...], kind: str = "linear") -> LayerSpec:
     )
 
 
-def _model(fmt: WeightFormat, payload: dict[str, Tensor], x_shape: tuple[int, ...], n_out: int):
-    x = ir.Value(name="x", shape=ir.Shape(x_shape), type=ir.TensorType(ir.DataType.FLOAT))
+def _graph(x_shape: tuple[int, ...], dtype: ir.DataType, add: Add) -> ir.Model:
+    """The model whose only output y is what `add` returns, given x."""
+    x = ir.Value(name="x", shape=ir.Shape(x_shape), type=ir.TensorType(dtype))
     end = ir.node("Identity", [x])
     graph = ir.Graph([x], [], nodes=[end], opset_imports={"": 18, "com.microsoft": 1}, name="main")
-    y = fmt.emit(GraphBuilder(graph, end), "layer", x, payload)
+    y = add(GraphBuilder(graph, end), x)
     graph.remove(end)
     y.name = "y"
-    assert list(y.shape) == [*x_shape[:-1], n_out]
     graph.outputs.append(y)
     return ir.Model(graph, ir_version=10)
 
 
+def _model(fmt: WeightFormat, payload: dict[str, Tensor], x_shape: tuple[int, ...], n_out: int):
+    model = _graph(
+        x_shape, ir.DataType.FLOAT, lambda builder, x: fmt.emit(builder, "layer", x, payload)
+    )
+    assert list(model.graph.outputs[0].shape) == [*x_shape[:-1], n_out]
+    return model
+
+
 def _stored_bytes(model: ir.Model) -> int:
+    """Of initializers of the layer's name, `layer.codes`; constants are called `layer/...`."""
     return sum(
-        _BYTES[v.dtype] * int(np.prod(list(v.shape))) for v in model.graph.initializers.values()
+        _BYTES[v.dtype] * int(np.prod(list(v.shape)))
+        for name, v in model.graph.initializers.items()
+        if name.startswith("layer.")
     )
 
 
 @pytest.mark.parametrize(("n_out", "n_in"), [(64, 256), (33, 128), (1, 384)])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", _MULTIPLIED)
 def test_onnxruntime_multiplies_with_the_decoded_weight(
     name: str, n_out: int, n_in: int, tmp_path: Path
 ) -> None:
@@ -112,7 +129,11 @@ def test_onnxruntime_multiplies_with_the_decoded_weight(
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_graph_of_every_format_obeys_the_target(name: str, tmp_path: Path) -> None:
     fmt = FORMATS[name]
-    model = _model(fmt, _random(fmt, 33, 384), (2, 5, 384), 33)
+    payload = _random(fmt, 33, 384)
+    if name in _LOOKED_UP_ONLY:
+        model = _looked_up(fmt, payload, (2, 5), 384)
+    else:
+        model = _model(fmt, payload, (2, 5, 384), 33)
     clean_up(model)
     name_everything(model)
     write_models(tmp_path, {"model.onnx": model})
@@ -235,13 +256,15 @@ def test_names_say_what_is_stored() -> None:
     for name, fmt in FORMATS.items():
         assert fmt.name == name
         assert fmt.asymmetric == ("asym" in name)
-        assert fmt.rank == (int(name.rpartition("-r")[2]) if "-r" in name else 0)
+        rank = re.search(r"-r(\d+)", name)
+        assert fmt.rank == (int(rank[1]) if rank else 0)
 
 
 def test_bits_a_weight_of_a_large_layer() -> None:
     """Codes 4, scales 16 a group, zeros 4 a group, factors 16 R (1 / O + 1 / I)."""
     expected = {"int4-g64": 4.25, "int4-g64-asym": 4.3125, "int4-g128-asym": 4.15625}
     expected |= {"int4-g64-r32": 4.25 + 0.25, "int8-channel": 8 + 24 / 4096, "fp16": 16}
+    expected |= {"int8-row": 8 + 16 / 4096, "int4-row-g128": 4.125}
     for name, bits in expected.items():
         assert FORMATS[name].bytes((4096, 4096)) * 8 / 4096**2 == bits
 
@@ -267,11 +290,97 @@ def test_a_branch_must_be_small_against_the_weight() -> None:
 @pytest.mark.parametrize("kind", ["conv2d", "conv3d", "embedding"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_who_takes_convolutions_and_tables(name: str, kind: str) -> None:
-    """Plain formats take everything, int8-channel also convolutions, int4 only linears."""
+    """Plain formats take everything, int8-channel also convolutions, int4 only linears.
+
+    -row formats take tables, no others do.
+    """
     reason = FORMATS[name].fits(_spec((8, 128, 3, 3), kind))
     takes = name.startswith("fp") or (name == "int8-channel" and kind != "embedding")
+    takes |= "-row" in name and kind == "embedding"
     assert (reason is None) == takes
     assert reason is None or kind in reason
+    if kind == "embedding" and not takes:
+        remedy = re.search(r"use (.*)$", reason or "")
+        assert remedy is not None
+        assert FORMATS[remedy[1]].fits(_spec((8, 128), kind)) is None
+
+
+@pytest.mark.parametrize("name", _LOOKED_UP_ONLY)
+def test_tables_are_for_looking_up(name: str) -> None:
+    fmt, linear = FORMATS[name], _spec((8, 128))
+    assert "a linear" in (fmt.fits(linear) or "")
+    with pytest.raises(ValueError, match=f"layer: {name} .*looked up"):
+        _model(fmt, _random(fmt, 8, 128), (1, 128), 8)
+    reason = fmt.fits(_spec((8, 100), "embedding"))
+    assert (reason is None) == (fmt.group is None)
+    assert reason is None or reason.endswith(
+        f"100 features are not a multiple of {fmt.group}: use int8-row"
+    )
+
+
+def _looked_up(
+    fmt: WeightFormat, payload: dict[str, Tensor], shape: tuple[int, ...], n_in: int
+) -> ir.Model:
+    model = _graph(
+        shape, ir.DataType.INT64, lambda builder, ids: fmt.rows(builder, "layer", ids, payload)
+    )
+    assert list(model.graph.outputs[0].shape) == [*shape, n_in]
+    return model
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 12), (2, 3, 2)])
+@pytest.mark.parametrize("name", _TABLES)
+def test_onnxruntime_looks_up_the_decoded_rows(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """To the bit; in the table as it is stored: nothing but the rows that are found is decoded."""
+    fmt, payload = FORMATS[name], _random(FORMATS[name], 33, 384)
+    ids = torch.randint(33, shape, generator=torch.Generator().manual_seed(3))
+    ids.flatten()[:2] = torch.tensor([0, 32])
+    model = _looked_up(fmt, payload, shape, 384)
+    assert fmt.bytes((33, 384)) == _stored_bytes(model)
+    for node in model.graph:
+        if any(value.name.startswith("layer.") for value in node.inputs if value.name):
+            assert node.op_type == "Gather"
+    write_models(tmp_path, {"model.onnx": model})
+    (got,) = run_graph(tmp_path / "model.onnx", {"x": ids})
+    assert torch.equal(got, torch.nn.functional.embedding(ids, fmt.decode(payload)))
+
+
+@pytest.mark.parametrize("name", _TABLES)
+def test_a_small_table_is_decoded_whole(name: str, tmp_path: Path) -> None:
+    fmt, payload = FORMATS[name], _random(FORMATS[name], 6, 128)
+
+    def add(builder: GraphBuilder, ids: ir.Value) -> ir.Value:
+        weight = fmt.weight(builder, "layer", payload, (6, 128))
+        assert builder.shape_of(weight) == (6, 128)
+        return builder.node("Gather", [weight, ids], shape=(1, 9, 128))
+
+    model = _graph((1, 9), ir.DataType.INT64, add)
+    assert fmt.bytes((6, 128)) == _stored_bytes(model)
+    write_models(tmp_path, {"model.onnx": model})
+    ids = torch.arange(9).remainder(6)[None]
+    (got,) = run_graph(tmp_path / "model.onnx", {"x": ids})
+    assert torch.equal(got, fmt.decode(payload)[ids])
+
+
+@pytest.mark.parametrize("name", _TABLES)
+def test_a_part_of_a_table_is_stored_as_that_part(name: str) -> None:
+    """Rows of the payload give those rows of every matrix, and decode to those of the table."""
+    fmt, payload = FORMATS[name], _random(FORMATS[name], 12, 128)
+    part = {key: tensor[3:8] for key, tensor in payload.items()}
+    assert torch.equal(fmt.decode(part), fmt.decode(payload)[3:8])
+    whole, some = (_looked_up(fmt, one, (1, 2), 128).graph.initializers for one in (payload, part))
+    assert whole.keys() == some.keys()
+    for key in whole:
+        expected, got = (values[key].const_value.numpy() for values in (whole, some))
+        assert np.array_equal(got, expected[3:8] if key.startswith("layer.") else expected)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in _TABLES])
+def test_other_formats_look_nothing_up(name: str) -> None:
+    with pytest.raises(ValueError, match=f"layer: {name} stores no tables"):
+        _looked_up(FORMATS[name], _random(FORMATS[name], 8, 128), (1, 2), 128)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 3, 3), (8, 6, 1, 1), (7, 4, 3, 1, 3)])

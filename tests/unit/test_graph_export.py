@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 from hbxt_compress.errors import ExportError
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.graph.builder import ByRows
 from hbxt_compress.graph.capture import ComponentGraphs, DummyInputs, GraphSpec, TensorSpec
 from hbxt_compress.graph.export import export_component
-from hbxt_compress.graph.external import ALIGNMENT, component_bytes
+from hbxt_compress.graph.external import ALIGNMENT, component_bytes, write_models
 from hbxt_compress.graph.ops import Linear
 from hbxt_compress.graph.parity import measure_parity, require_parity, run_graph
 from hbxt_compress.layers import LayerName
@@ -105,6 +109,40 @@ def test_sixteen_bits_halve_the_file_and_only_round_the_weights(net, tmp_path: P
     for layer in (module.model.small, module.model.wide):
         expected = expected @ layer.weight.half().float().T + layer.bias
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_equal_contents_are_written_once_and_without_a_copy(tmp_path: Path) -> None:
+    large, other = np.arange(1 << 21, dtype=np.float32), np.arange(300, dtype=np.float32)
+    parts = ByRows(n_rows=1 << 21, n_at_once=1 << 16, part=lambda a, b: ir.Tensor(large[a:b]))
+    shape = ir.Shape(large.shape)
+    contents = {
+        "a": ir.Tensor(large),
+        "b": ir.Tensor(other),
+        "c": ir.LazyTensor(parts, ir.DataType.FLOAT, shape),
+        "d": ir.Tensor(other[::-1]),
+    }
+    graph = ir.Graph([], [], nodes=[], name="main", opset_imports={"": 18})
+    for name, content in contents.items():
+        value = ir.Value(
+            name=name, shape=content.shape, type=ir.TensorType(content.dtype), const_value=content
+        )
+        graph.register_initializer(value)
+    tracemalloc.start()
+    try:
+        write_models(tmp_path, {"model.onnx": ir.Model(graph, ir_version=10)})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < large.nbytes // 4
+    places = {
+        tensor.name: tuple(entry.value for entry in tensor.external_data)
+        for tensor in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
+    }
+    assert places["a"] == places["c"] == ("model.onnx.data", "0", str(large.nbytes))
+    assert places["b"][1:] == (str(large.nbytes), "1200")
+    assert places["d"][1:] == (str(large.nbytes + 1216), "1200")
+    expected = large.tobytes() + other.tobytes() + bytes(16) + other[::-1].tobytes()
+    assert (tmp_path / "model.onnx.data").read_bytes() == expected
 
 
 def test_a_weight_beyond_float16_is_refused_by_name(net, tmp_path: Path) -> None:
