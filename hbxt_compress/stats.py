@@ -3,8 +3,9 @@
 x is a layer's input in full precision, y its input once everything before it is quantized, both at
 the same state of the same trajectory. Sums are kept, not averages, in float64 and shifted by the
 mean of the first rows against cancellation; partial results merge in any order to 1e-9. Products of
-rows are float32 before they are summed: covariances are exact to 1e-6. A few rows are kept as they
-are, for errors that no sum tells.
+rows are float32 before they are summed: covariances are exact to 1e-6. Of more than 2048 inputs
+they are summed in float32 too, and of more than 8192 E[x y^T] is left out: with 14336 inputs it
+would be 0.8 GB. A few rows are kept as they are, for errors that no sum tells.
 """
 
 from __future__ import annotations
@@ -15,22 +16,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["LayerInputs", "LayerStats", "Need"]
+__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need"]
 
 Need = Literal["moments", "covariance"]
 """moments: means, squares and largest values. covariance: also E[y y^T] and E[x y^T]."""
 
 _ROWS_AT_ONCE = 4096  # of float32 products between additions to the float64 sums
+_NUMBERS_AT_ONCE = 1 << 24  # of them, which are copied in float64
 _EXAMPLES = 2  # rows kept of each tensor that is added
+_FLOAT64_TO = 2048  # inputs
+WIDEST = 8192
+"""inputs of a layer above which E[x y^T] is left out, and no rows are held out"""
 
 
 @dataclass(slots=True, kw_only=True)
 class LayerStats:
-    """Sums over N weighted rows (x_I, y_I) of one layer with I inputs, float64.
+    """Sums over N weighted rows (x_I, y_I) of one layer with I inputs; float64, but for products.
 
     n: rows seen. weight: sum of their weights. shift_I: what is subtracted from x and y in the
     sums below. total_x_I, total_y_I, squares_y_I: sums. absmax_I: max |y|, unshifted, unweighted.
-    products_yy_II, products_xy_II: sums of y y^T and x y^T, or None where nobody needs them.
+    products_yy_II, products_xy_II: sums of y y^T and x y^T, float64 or (many inputs) float32; None
+    where nobody needs them or, of x y^T, where the inputs are too many.
     examples: some rows y, float32 N I each, unshifted, whatever their weight.
     """
 
@@ -49,8 +55,11 @@ class LayerStats:
     def empty(cls, n_inputs: int, need: Need) -> LayerStats:
         """No rows yet."""
         zeros = torch.zeros(5, n_inputs, dtype=torch.float64)
-        square = (n_inputs, n_inputs)
-        pair = torch.zeros(2, *square, dtype=torch.float64) if need == "covariance" else None
+        wanted = need == "covariance", need == "covariance" and n_inputs <= WIDEST
+        precision = torch.float64 if n_inputs <= _FLOAT64_TO else torch.float32
+        products = [
+            torch.zeros(n_inputs, n_inputs, dtype=precision) if one else None for one in wanted
+        ]
         return cls(
             n=0,
             weight=0.0,
@@ -59,8 +68,8 @@ class LayerStats:
             total_y_I=zeros[2],
             squares_y_I=zeros[3],
             absmax_I=zeros[4],
-            products_yy_II=None if pair is None else pair[0],
-            products_xy_II=None if pair is None else pair[1],
+            products_yy_II=products[0],
+            products_xy_II=products[1],
         )
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
@@ -79,18 +88,18 @@ class LayerStats:
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
         at = [(2 * k + 1) * len(rows_y) // (2 * _EXAMPLES) for k in range(_EXAMPLES)]
         self.examples.append(rows_y[at])
-        chunks = zip(rows_x.split(_ROWS_AT_ONCE), rows_y.split(_ROWS_AT_ONCE), strict=True)
+        at_once = min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // rows_x.shape[1]))
+        chunks = zip(rows_x.split(at_once), rows_y.split(at_once), strict=True)
         for chunk_x, chunk_y in chunks:
             shifted_x, shifted_y = (c.double() - self.shift_I for c in (chunk_x, chunk_y))
             self.total_x_I = self.total_x_I + weight * shifted_x.sum(0)
             self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
-            if self.products_yy_II is not None and self.products_xy_II is not None:
+            if self.products_yy_II is not None:
                 left, right = shifted_x.float(), shifted_y.float()
-                own_II = weight * (right.T @ right).double()
-                self.products_yy_II += own_II
-                cross_II = own_II if x is y else weight * (left.T @ right).double()
-                self.products_xy_II += cross_II
+                _add_products(self.products_yy_II, right, right, weight)
+                if self.products_xy_II is not None:
+                    _add_products(self.products_xy_II, right if x is y else left, right, weight)
 
     def merged(self, other: LayerStats) -> LayerStats:
         """The statistics of both sets of rows."""
@@ -115,9 +124,9 @@ class LayerStats:
         d, w = self.shift_I - shift_I, self.weight
         t_x, t_y = self.total_x_I, self.total_y_I
         yy, xy = self.products_yy_II, self.products_xy_II
-        if yy is not None and xy is not None:
-            yy = yy + torch.outer(d, t_y) + torch.outer(t_y, d) + w * torch.outer(d, d)
-            xy = xy + torch.outer(d, t_y) + torch.outer(t_x, d) + w * torch.outer(d, d)
+        if bool(d.any()):
+            yy = None if yy is None else _moved(yy, d, t_y, t_y, w)
+            xy = None if xy is None else _moved(xy, d, t_x, t_y, w)
         return LayerStats(
             n=self.n,
             weight=w,
@@ -148,11 +157,11 @@ class LayerStats:
         return plain.squares_y_I / max(self.weight, 1e-30)
 
     def hessian(self, *, centred: bool) -> Tensor:
-        """Cov(y) if centred, else E[y y^T]; float64 I I, symmetric."""
+        """Cov(y) if centred, else E[y y^T]; I I, symmetric, in the products' precision."""
         return self._second(self.products_yy_II, self.mean_y_I, centred)
 
     def cross(self, *, centred: bool) -> Tensor:
-        """Cov(x, y) if centred, else E[x y^T]; float64 I I, x along the rows."""
+        """Cov(x, y) if centred, else E[x y^T]; I I, x along the rows, as the products."""
         return self._second(self.products_xy_II, self.mean_x_I, centred)
 
     def _second(self, products_II: Tensor | None, mean_left_I: Tensor, centred: bool) -> Tensor:
@@ -160,8 +169,29 @@ class LayerStats:
             raise ValueError("these statistics were gathered without products")
         w = max(self.weight, 1e-30)
         left, right = mean_left_I - self.shift_I, self.mean_y_I - self.shift_I
-        centred_II = products_II / w - torch.outer(left, right)
-        return centred_II if centred else centred_II + torch.outer(mean_left_I, self.mean_y_I)
+        found_II = products_II / w
+        found_II -= torch.outer(left, right).to(found_II)
+        if not centred:
+            found_II += torch.outer(mean_left_I, self.mean_y_I).to(found_II)
+        return found_II
+
+
+def _add_products(sum_II: Tensor, left_NI: Tensor, right_NI: Tensor, weight: float) -> None:
+    """Adds weight x left^T right, float32 products, in place."""
+    if sum_II.dtype == torch.float32:
+        sum_II.addmm_(left_NI.T, right_NI, alpha=weight)
+    else:
+        sum_II += weight * (left_NI.T @ right_NI).double()
+
+
+def _moved(
+    products_II: Tensor, d_I: Tensor, total_left_I: Tensor, total_right_I: Tensor, weight: float
+) -> Tensor:
+    """Sums of products of rows that are larger by d on both sides."""
+    moved_II = products_II + torch.outer(d_I, total_right_I).to(products_II)
+    moved_II += torch.outer(total_left_I, d_I).to(products_II)
+    moved_II += (weight * torch.outer(d_I, d_I)).to(products_II)
+    return moved_II
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

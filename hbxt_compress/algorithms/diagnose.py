@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.objective import Moments
@@ -48,7 +49,9 @@ def measure(
     if weight_OI.shape != decoded_OI.shape:
         shapes = f"{tuple(weight_OI.shape)} and {tuple(decoded_OI.shape)}"
         raise ValueError(f"weights of shapes {shapes} cannot be compared")
-    weight_OI, decoded_OI = weight_OI.double(), decoded_OI.double()
+    products_II = None if inputs is None else inputs.fit.products_yy_II
+    dtype = torch.float64 if products_II is None else products_II.dtype
+    weight_OI, decoded_OI = weight_OI.to(dtype), decoded_OI.to(dtype)
     lost_OI = weight_OI - decoded_OI
     if inputs is None:
         lost, kept = float(lost_OI.square().sum()), float(weight_OI.square().sum())
@@ -67,7 +70,7 @@ def measure(
     pivots_I, variance_I = problem.factor.pivots_I[alive_I], problem.variance_I[alive_I]
     log_geomean = float(pivots_I.log().mean())
     mean_pivot = float(pivots_I.mean())
-    rounded_OI = lost_OI if target_OI is None else target_OI.double() - decoded_OI
+    rounded_OI = lost_OI if target_OI is None else target_OI.to(dtype) - decoded_OI
     loss = float((rounded_OI @ moments.hessian_II * rounded_OI).sum())
     spread = float(weight_OI[:, alive_I].square().mean())
     n_weights = weight_OI.shape[0] * int(alive_I.sum())
@@ -87,9 +90,10 @@ def _error(
 ) -> float:
     """The relative error on one set of rows."""
     lost_OI = weight_OI - decoded_OI
-    mean_O = lost_OI @ stats.mean_y_I
+    mean_O = lost_OI.double() @ stats.mean_y_I
     if shift_O is not None:
-        mean_O = weight_OI @ stats.mean_x_I - decoded_OI @ stats.mean_y_I - shift_O
+        given_O, got_O = weight_OI.double() @ stats.mean_x_I, decoded_OI.double() @ stats.mean_y_I
+        mean_O = given_O - got_O - shift_O
     mean = float(mean_O.square().sum())
     if stats.products_yy_II is not None:
         second_II = stats.hessian(centred=False)

@@ -24,7 +24,7 @@ _DRIFT = 2.0  # steps between a column's value and its level that count as drift
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """H = B D B^T in the order in which columns are rounded, float64.
+    """H = B D B^T in the order in which columns are rounded, in the precision of H.
 
     order_I: input columns, first to last. unit_II: B, unit upper triangular, rows and columns in
     that order. pivots_I: D, but for the columns in their natural order; each is the variance of a
@@ -36,8 +36,8 @@ class Factor:
     pivots_I: Tensor
 
     def solve(self, rows_OI: Tensor) -> Tensor:
-        """rows H^-1, float64 O I."""
-        rows_IO = rows_OI.double().T[self.order_I]
+        """rows H^-1, O I in the precision of H."""
+        rows_IO = rows_OI.to(self.unit_II).T[self.order_I]
         rows_IO = torch.linalg.solve_triangular(
             self.unit_II, rows_IO, upper=True, unitriangular=True
         )
@@ -45,27 +45,28 @@ class Factor:
         rows_IO = torch.linalg.solve_triangular(
             self.unit_II.T, rows_IO, upper=False, unitriangular=True
         )
-        solved_OI = torch.empty_like(rows_OI, dtype=torch.float64)
+        solved_OI = torch.empty_like(rows_OI, dtype=self.unit_II.dtype)
         solved_OI[:, self.order_I] = rows_IO.T
         return solved_OI
 
 
 def factorise(hessian_II: Tensor, order_I: Tensor) -> Factor | None:
-    """The factor of a symmetric matrix, or None if float64 does not find it positive definite."""
+    """The factor of a symmetric matrix, or None if its precision finds it not positive definite."""
     backwards_I = order_I.flip(0)
-    lower_II, failed = torch.linalg.cholesky_ex(hessian_II.double()[backwards_I][:, backwards_I])
-    if int(failed) or not bool(torch.isfinite(lower_II).all()):
+    lower_II = hessian_II[backwards_I][:, backwards_I]
+    lower_II, failed = torch.linalg.cholesky_ex(lower_II)
+    if int(failed) or not bool(torch.isfinite(torch.stack(lower_II.aminmax())).all()):
         return None
     upper_II = lower_II.flip(0, 1)  # H = R R^T, R upper triangular
-    root_I = upper_II.diagonal()
+    root_I = upper_II.diagonal().clone()
     pivots_I = torch.empty_like(root_I)
     pivots_I[order_I] = root_I.square()
-    return Factor(order_I=order_I, unit_II=upper_II / root_I, pivots_I=pivots_I)
+    return Factor(order_I=order_I, unit_II=upper_II.div_(root_I), pivots_I=pivots_I)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fed:
-    """What feedback found. levels_OI: float64, whole. loss_O: e H e^T of each row, float64.
+    """What feedback found. levels_OI: whole. loss_O: e H e^T of each row. In the precision of H.
 
     n_drifted: levels more than two steps from the value that they stand for, at an end of the grid.
     """
@@ -82,11 +83,11 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
     under every error so far, and pulling a column back to the grid before passing on costs dB.
     """
     order_I, unit_II = factor.order_I, factor.unit_II
-    scale_IO, zero_IO = steps(grid, order_I)
+    scale_IO, zero_IO = steps(grid, order_I, unit_II.dtype)
     low_IO, high_IO = -grid.below - zero_IO, grid.above - zero_IO
-    goal_IO = target_OI.double().T[order_I]
+    goal_IO = target_OI.to(unit_II).T[order_I]
     work_IO, units_IO = goal_IO.clone(), torch.empty_like(goal_IO)
-    loss_O = torch.zeros(len(target_OI), dtype=torch.float64)
+    loss_O = goal_IO.new_zeros(len(target_OI))
     n_drifted = 0
     for start in range(0, len(order_I), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(order_I)))
@@ -100,14 +101,16 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
         n_drifted += int((away_BO.abs() > _DRIFT).sum())
         loss_O += factor.pivots_I[order_I[block]] @ (away_BO * scale_IO[block]).square()
         work_IO[block.stop :].addmm_(unit_II[block, block.stop :].T, error_BO)
-    levels_OI = torch.empty(target_OI.shape, dtype=torch.float64)
+    levels_OI = torch.empty_like(target_OI, dtype=unit_II.dtype)
     levels_OI[:, order_I] = (units_IO + zero_IO).T
     return Fed(levels_OI=levels_OI, loss_O=loss_O, n_drifted=n_drifted)
 
 
-def steps(grid: Grid, order_I: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each input column in an order, float64 I O."""
+def steps(grid: Grid, order_I: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each input column in an order, I O."""
     scale_OI, zero_OI = grid.columns(order_I)
-    scale_IO = scale_OI.double().T.contiguous()
-    zero_IO = torch.zeros_like(scale_IO) if zero_OI is None else zero_OI.double().T.contiguous()
+    scale_IO = scale_OI.to(precision).T.contiguous()
+    if zero_OI is None:
+        return scale_IO, torch.zeros_like(scale_IO)
+    zero_IO = zero_OI.to(precision).T.contiguous()
     return scale_IO, zero_IO

@@ -52,12 +52,13 @@ class _Result:
 
     @property
     def rest_OI(self) -> Tensor:
-        """What the levels stand for, without the branch, float64."""
-        return self.grid.value(self.levels_OI).double()
+        """What the levels stand for, without the branch."""
+        return self.grid.value(self.levels_OI).to(self.levels_OI)
 
     @property
     def weight_OI(self) -> Tensor:
-        return self.rest_OI if self.low_rank is None else self.rest_OI + branch(self.low_rank)
+        rest_OI = self.rest_OI
+        return rest_OI if self.low_rank is None else rest_OI + branch(self.low_rank).to(rest_OI)
 
 
 class Gptq(Settings):
@@ -95,7 +96,9 @@ class Gptq(Settings):
         """
         weight_OI = _checked(weight_OI, inputs)
         assert inputs is not None
-        damping, share, alternations = _middle(self.damping), _middle(self.correct), 0
+        blind = inputs.fit.products_xy_II is None
+        damping, alternations = _middle(self.damping), 0
+        share = 0.0 if blind else _middle(self.correct)
         if inputs.held_out is not None and inputs.held_out.weight > 0:
             fit = Moments.of(inputs.fit, centred=inputs.takes_bias)
             judge = Judge(fit=fit, held_out=inputs.held_out)
@@ -124,6 +127,8 @@ class Gptq(Settings):
         }
         if fmt.rank:
             notes["alternations"] = alternations
+        if blind:
+            notes["uncorrected"] = f"{len(inputs.fit.shift_I)} inputs are too many for E[x y^T]"
         return Rounded(payload=payload, shift_O=shift_O, target_OI=target_OI, notes=notes)
 
     def _choose(
@@ -136,13 +141,15 @@ class Gptq(Settings):
         rows = torch.linspace(0, len(weight_OI) - 1, min(len(weight_OI), _JUDGED_ROWS)).long()
         some_OI = weight_OI[rows]
         problems = [fit.problem(damping, self.order) for damping in sorted(self.damping)]
-        if len(problems) == len(self.correct) == 1:
-            return problems[0], self.correct[0]
-        i, shares, before = len(problems) // 2, sorted(self.correct), None
+        shares = [0.0] if fit.cross_II is None else sorted(self.correct)
+        i, before = len(problems) // 2, None
         j = len(shares) // 2
+        if len(problems) == len(shares) == 1:
+            return problems[0], shares[0]
         base_OI = torch.zeros_like(some_OI)
         if fmt.rank:
-            base_OI = branch(split_low_rank(weight_OI, problems[i].factor.pivots_I, fmt.rank))[rows]
+            low_rank = split_low_rank(weight_OI, problems[i].factor.pivots_I, fmt.rank)
+            base_OI = branch(low_rank)[rows].to(some_OI)
         middle_OI = problems[i].target(some_OI, shares[j]) - base_OI
         importance_I = problems[i].importance(self.scale_weights)
         grid = search_scales(middle_OI.float(), fmt, importance_I)
@@ -151,9 +158,9 @@ class Gptq(Settings):
         def loss(i: int, j: int) -> float:
             if (i, j) not in known:
                 target_OI = problems[i].target(some_OI, shares[j]) - base_OI
-                nearest_OI = grid.levels(target_OI.float()).double()
+                nearest_OI = grid.levels(target_OI.float()).to(target_OI)
                 levels_OI, _ = _nearer(target_OI, problems[i], grid, nearest_OI)
-                known[i, j] = judge.loss(some_OI, grid.value(levels_OI).double() + base_OI)
+                known[i, j] = judge.loss(some_OI, grid.value(levels_OI).to(base_OI) + base_OI)
             return known[i, j]
 
         while before != (i, j):
@@ -192,7 +199,8 @@ class Gptq(Settings):
                 yield self._rounded(target_OI, problem, fmt, polish)
                 continue
             low_rank = split_low_rank(left_OI, problem.factor.pivots_I, fmt.rank)
-            result = self._rounded(target_OI - branch(low_rank), problem, fmt, polish)
+            rest_OI = target_OI - branch(low_rank).to(target_OI)
+            result = self._rounded(rest_OI, problem, fmt, polish)
             left_OI = target_OI - result.rest_OI
             yield replace(result, low_rank=low_rank)
 
@@ -220,7 +228,7 @@ class Gptq(Settings):
         self, target_OI: Tensor, problem: Problem, fmt: WeightFormat, polish: int
     ) -> _Result:
         grid = search_scales(target_OI.float(), fmt, problem.importance(self.scale_weights))
-        levels_OI = grid.levels(target_OI.float()).double()
+        levels_OI = grid.levels(target_OI.float()).to(target_OI)
         levels_OI, fed = _nearer(target_OI, problem, grid, levels_OI)
         n_plain = int((levels_OI != fed.levels_OI).any(1).sum())
         for _ in range(polish):
@@ -241,12 +249,12 @@ def _nearer(
 ) -> tuple[Tensor, Fed]:
     """Per row the better of these levels and those of error feedback on the same grid."""
     fed = feed_back(target_OI, problem.factor, grid)
-    loss_O = problem.loss(target_OI - grid.value(levels_OI).double())
+    loss_O = problem.loss(target_OI - grid.value(levels_OI).to(target_OI))
     return torch.where((fed.loss_O < loss_O)[:, None], fed.levels_OI, levels_OI), fed
 
 
 def _checked(weight_OI: Tensor, inputs: LayerInputs | None) -> Tensor:
-    """The weight in float64."""
+    """The weight in the precision of the statistics."""
     if inputs is None:
         raise ValueError("gptq rounds by the covariance of a layer's inputs: calibrate it first")
     if not bool(torch.isfinite(weight_OI).all()):
@@ -255,7 +263,8 @@ def _checked(weight_OI: Tensor, inputs: LayerInputs | None) -> Tensor:
     if weight_OI.ndim != 2 or weight_OI.shape[1] != n_in:
         shape = tuple(weight_OI.shape)
         raise ValueError(f"gptq: a weight {shape} and statistics of {n_in} inputs do not match")
-    return weight_OI.double()
+    products_II = inputs.fit.products_yy_II
+    return weight_OI.double() if products_II is None else weight_OI.to(products_II)
 
 
 def _stored(result: _Result, fmt: WeightFormat) -> dict[str, Tensor]:

@@ -30,13 +30,15 @@ _RETRIES = 6  # of ten times the damping each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One damped objective, factored. variance_I: the diagonal of hessian_II. float64.
+    """One damped objective, factored. variance_I: the diagonal of hessian_II.
+
+    Float64, or float32 if that is what the statistics are; cross_II: None if they lack it.
 
     damping: the share of the mean variance that was really added, after retries.
     """
 
     hessian_II: Tensor
-    cross_II: Tensor
+    cross_II: Tensor | None
     factor: Factor
     damping: float
 
@@ -45,15 +47,17 @@ class Problem:
         return self.hessian_II.diagonal()
 
     def target(self, weight_OI: Tensor, share: float) -> Tensor:
-        """(1 - share) W + share T, float64 O I."""
+        """(1 - share) W + share T, O I in the objective's precision."""
+        weight_OI = weight_OI.to(self.hessian_II)
         if share == 0:
-            return weight_OI.double()
-        weight_OI = weight_OI.double()
+            return weight_OI
+        if self.cross_II is None:
+            raise ValueError("a target is fitted by E[x y^T], which was not gathered")
         fitted_OI = self.factor.solve(weight_OI @ self.cross_II)
         return weight_OI + share * (fitted_OI - weight_OI)
 
     def importance(self, weights: ScaleWeights) -> Tensor | None:
-        """What an error in each column counts in the scale search, float64 I; None: all alike."""
+        """What an error in each column counts in the scale search, I; None: all alike."""
         if weights == "ones":
             return None
         return self.factor.pivots_I if weights == "pivots" else self.variance_I
@@ -65,13 +69,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """H and C of one layer without dead inputs, whose rows and columns are zero. float64.
+    """H and C of one layer without dead inputs, whose rows and columns are zero.
 
-    scale: mean variance of the other inputs, or 1 if all are dead.
+    Float64, or float32 if the statistics are; C is None if they lack it. Means are float64. scale:
+    mean variance of the other inputs, or 1 if all are dead.
     """
 
     hessian_II: Tensor
-    cross_II: Tensor
+    cross_II: Tensor | None
     mean_x_I: Tensor
     mean_y_I: Tensor
     dead_I: Tensor
@@ -85,18 +90,22 @@ class Moments:
         Raises:
             ValueError: a moment is NaN or infinite, or products were not gathered.
         """
-        hessian_II, cross_II = stats.hessian(centred=centred), stats.cross(centred=centred)
-        if not bool(torch.isfinite(hessian_II).all() and torch.isfinite(cross_II).all()):
+        hessian_II = stats.hessian(centred=centred)
+        cross_II = None if stats.products_xy_II is None else stats.cross(centred=centred)
+        if not all(_finite(one) for one in (hessian_II, cross_II) if one is not None):
             raise ValueError("a layer's input covariance holds NaN or infinity: calibrate it again")
-        hessian_II = (hessian_II + hessian_II.T) / 2
+        hessian_II = (hessian_II + hessian_II.T).div_(2)
         variance_I = hessian_II.diagonal()
         varying_I = variance_I[variance_I > 0]
         median = float(varying_I.median()) if len(varying_I) else 0.0
         dead_I = variance_I <= _DEAD * median
-        alive_I = (~dead_I).double()
+        alive_I = (~dead_I).to(hessian_II)
+        if bool(dead_I.any()):
+            hessian_II.mul_(alive_I).mul_(alive_I[:, None])
+            cross_II = None if cross_II is None else cross_II.mul_(alive_I)
         return cls(
-            hessian_II=hessian_II * alive_I * alive_I[:, None],
-            cross_II=cross_II * alive_I,
+            hessian_II=hessian_II,
+            cross_II=cross_II,
             mean_x_I=stats.mean_x_I,
             mean_y_I=stats.mean_y_I,
             dead_I=dead_I,
@@ -113,17 +122,17 @@ class Moments:
         Raises:
             ValueError: no damping that is tried makes the covariance positive definite.
         """
-        dead_I = self.dead_I.double() * _DEAD_SHARE * self.scale
+        dead_I = self.dead_I.to(self.hessian_II) * _DEAD_SHARE * self.scale
         for retry in range(_RETRIES + 1):
             share = damping * 10**retry
             own_I = torch.where(self.dead_I, dead_I, share * self.scale)
-            damped_II = self.hessian_II + torch.diag(own_I)
+            damped_II = _raised(self.hessian_II, own_I)
             order_I = torch.arange(len(own_I))
             if order == "activation":
                 order_I = damped_II.diagonal().argsort(descending=True, stable=True)
             factor = factorise(damped_II, order_I)
             if factor is not None:
-                cross_II = self.cross_II + torch.diag(own_I)
+                cross_II = None if self.cross_II is None else _raised(self.cross_II, own_I)
                 return Problem(
                     hessian_II=damped_II, cross_II=cross_II, factor=factor, damping=share
                 )
@@ -149,10 +158,22 @@ class Judge:
 
     def loss(self, weight_OI: Tensor, rounded_OI: Tensor) -> float:
         """E||W x - Q y - b||^2 less E||W x - mean||^2, which all Q share; b comes from the fit."""
-        weight_OI, rounded_OI = weight_OI.double(), rounded_OI.double()
+        weight_OI, rounded_OI = (one.to(self._hessian_II) for one in (weight_OI, rounded_OI))
         loss = (rounded_OI @ self._hessian_II * rounded_OI).sum()
         loss -= 2 * (weight_OI @ self._cross_II * rounded_OI).sum()
         if self._fit.centred:
-            rest_O = weight_OI @ self._mean_x_I - rounded_OI @ self._mean_y_I
+            rest_O = weight_OI.double() @ self._mean_x_I - rounded_OI.double() @ self._mean_y_I
             loss += (rest_O - self._fit.shift(weight_OI, rounded_OI)).square().sum()
         return float(loss)
+
+
+def _raised(matrix_II: Tensor, own_I: Tensor) -> Tensor:
+    """A copy with numbers added to its diagonal."""
+    raised_II = matrix_II.clone()
+    raised_II.diagonal().add_(own_I)
+    return raised_II
+
+
+def _finite(matrix_II: Tensor) -> bool:
+    """Without a temporary of the matrix's size."""
+    return not matrix_II.numel() or bool(torch.isfinite(torch.stack(matrix_II.aminmax())).all())

@@ -23,20 +23,20 @@ _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 
 
 def quadratic(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    """e H e^T of each row, float64 O."""
-    error_OI = error_OI.double()
+    """e H e^T of each row, O in the precision of H."""
+    error_OI = error_OI.to(hessian_II)
     return (error_OI @ hessian_II * error_OI).sum(1)
 
 
 def descend(
     target_OI: Tensor, levels_OI: Tensor, grid: Grid, hessian_II: Tensor, order_I: Tensor
 ) -> tuple[Tensor, int]:
-    """Levels float64 O I after each was once put where it costs least, and how many changed."""
-    scale_IO, zero_IO = steps(grid, order_I)
+    """Levels O I, in the precision of H, each once put where it costs least; how many changed."""
+    scale_IO, zero_IO = steps(grid, order_I, hessian_II.dtype)
     low_IO, high_IO = -grid.below - zero_IO, grid.above - zero_IO
-    units_IO = levels_OI.double().T[order_I] - zero_IO
+    units_IO = levels_OI.to(hessian_II).T[order_I] - zero_IO
     hessian_II = hessian_II[order_I][:, order_I]
-    gradient_IO = hessian_II @ (target_OI.double().T[order_I] - units_IO * scale_IO)
+    gradient_IO = hessian_II @ (target_OI.to(hessian_II).T[order_I] - units_IO * scale_IO)
     curve_I = hessian_II.diagonal()
     n_changed = 0
     for start in range(0, len(order_I), _BLOCK):
@@ -54,7 +54,7 @@ def descend(
             move_O = torch.mul(step_O, scale_IO[j], out=move_BO[i])
             local_BO[i + 1 :].addr_(hessian_II[j + 1 : block.stop, j], move_O, alpha=-1)
         gradient_IO[block.stop :].addmm_(hessian_II[block.stop :, block], move_BO, alpha=-1)
-    moved_OI = torch.empty(target_OI.shape, dtype=torch.float64)
+    moved_OI = torch.empty_like(target_OI, dtype=hessian_II.dtype)
     moved_OI[:, order_I] = (units_IO + zero_IO).T
     return moved_OI, n_changed
 
@@ -69,12 +69,13 @@ def refit_scales(
     """
     n_out = len(levels_OI)
     size, n_groups = grid.group, grid.scales_OG.shape[1]
-    unit_OI = levels_OI.double()
+    unit_OI = levels_OI.to(hessian_II)
     if grid.zeros_OG is not None:
-        unit_OI = unit_OI - grid.zeros_OG.double().repeat_interleave(size, dim=1)
+        unit_OI = unit_OI - grid.zeros_OG.to(hessian_II).repeat_interleave(size, dim=1)
     old_OG = grid.scales_OG.double()
-    error_OI = target_OI.double() - unit_OI * old_OG.repeat_interleave(size, dim=1)
-    slope_OG = (error_OI @ hessian_II * unit_OI).reshape(n_out, n_groups, size).sum(2)
+    step_OI = old_OG.to(hessian_II).repeat_interleave(size, dim=1)
+    error_OI = target_OI.to(hessian_II) - unit_OI * step_OI
+    slope_OG = (error_OI @ hessian_II * unit_OI).reshape(n_out, n_groups, size).sum(2).double()
     curve_OGG = torch.empty(n_out, n_groups, n_groups, dtype=torch.float64)
     for g in range(n_groups):
         one = slice(g * size, (g + 1) * size)

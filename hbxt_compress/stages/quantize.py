@@ -44,7 +44,7 @@ from hbxt_compress.trajectories import Trajectory, load_trajectories
 
 __all__ = ["FACTS", "VERSION", "quantize"]
 
-VERSION = 5
+VERSION = 6
 FACTS = ("torch",)
 log = logging.getLogger(__name__)
 _IDENTITY: Final = Transform()

@@ -31,8 +31,8 @@ from hbxt_compress.plan import LayerPlan, make_plan
 from hbxt_compress.quantized import QuantizedModel
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source
-from hbxt_compress.stages import quantize as quantizing
 from hbxt_compress.stages import by_rows
+from hbxt_compress.stages import quantize as quantizing
 from hbxt_compress.stages.quantize import quantize
 from hbxt_compress.stages.refine import refine
 from hbxt_compress.stages.tables import use_tables
