@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hbxt_compress.errors import SourceError, listing
-from hbxt_compress.store import file_sha256
+from hbxt_compress.journal import file_sha256
 
 __all__ = ["BUILTIN", "Header", "Source", "locate", "read_headers"]
 

@@ -71,6 +71,7 @@ def quantize(
     """
     family = family_of(source)
     _require_finite(source, family, layers)
+    work.expect(len({(layer.spec.component, layer.spec.block) for layer in layers}))
     blind = list(layers)
     if trajectories is not None:
         blind = [layer for layer in layers if layer.spec.component not in family.chained]
