@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hbxt_compress.algorithms import AnyPreparer
@@ -208,10 +207,8 @@ def _activation(member: LayerPlan, inputs: LayerInputs | None) -> Mapping[str, T
 
 
 def _weight(source: Source, family: Family, member: LayerPlan) -> Tensor:
-    parameter = member.spec.parameter
-    files = family.weight_files(source, member.spec.component)
-    with safe_open(files[parameter], framework="pt") as file:
-        return file.get_tensor(parameter).float().flatten(1)
+    weights = family.weights(source, member.spec.component)
+    return weights.unchecked(member.spec.parameter).flatten(1)
 
 
 def _require_finite(source: Source, family: Family, layers: Sequence[LayerPlan]) -> None:
