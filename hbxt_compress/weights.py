@@ -23,7 +23,7 @@ __all__ = ["Weights"]
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _UNKNOWN: Mapping[Path, tuple[int, int]] = MappingProxyType({})
-_AT_ONCE = 1 << 24  # bytes
+_AT_ONCE = 1 << 20  # bytes
 _DTYPES: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
