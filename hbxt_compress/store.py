@@ -114,6 +114,7 @@ class Work:
                     journal.add(name, unfinished, time.monotonic() - began)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 disk.put(unfinished, path)
+            log.info("%s: made in %.1f s", name, time.monotonic() - began)
         finally:
             disk.remove(room)
             with suppress(OSError):  # not empty: a checkpoint, or a piece that this one is part of
