@@ -35,6 +35,7 @@ for line in sys.stdin:
             sys.stdout.flush()
             os._exit(end.code)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then the process has its number to itself, ended or not
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -76,8 +77,14 @@ class Forked:
             "largest_file": largest_file,
         }
         self._parent.stdin.write(json.dumps(asked) + "\n")
-        act(int(self._parent.stdout.readline()))
-        return int(self._parent.stdout.readline())
+        pid = int(self._parent.stdout.readline())
+        assert pid > 1  # 0 would be everybody
+        try:
+            act(pid)
+        finally:
+            self._parent.stdin.write("\n")
+            code = int(self._parent.stdout.readline())
+        return code
 
 
 def wait_for(happened: Callable[[], bool], most_s: float = 120) -> None:
