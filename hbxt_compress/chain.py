@@ -74,6 +74,7 @@ class Chain:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(self._device))
             if isinstance(module, nn.Embedding):
+                module.weight = _still(torch.empty(0, module.embedding_dim))  # rows come when asked
                 module.register_forward_pre_hook(self._look_up(weights, f"{path}.weight"))
                 continue
             self._fill(module, f"{path}." if path else "", weights, recurse=False)
