@@ -74,11 +74,22 @@ class Chain:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(self._device))
             if isinstance(module, nn.Embedding):
-                module.weight = _still(weights.mapped(f"{path}.weight"))
-                module.register_forward_pre_hook(lambda _, ids: (ids[0].to(_CPU),))
-                module.register_forward_hook(lambda _, __, rows: rows.to(self._device).float())
+                module.weight = _still(torch.empty(0, module.embedding_dim))  # rows come when asked
+                module.register_forward_pre_hook(self._look_up(weights, f"{path}.weight"))
                 continue
             self._fill(module, f"{path}." if path else "", weights, recurse=False)
+
+    def _look_up(
+        self, weights: Weights, name: str
+    ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+        """Gives a table, before it is asked, the rows that it will be asked for."""
+
+        def hook(module: nn.Module, ids: tuple[Tensor, ...]) -> tuple[Tensor]:
+            asked, where = ids[0].to(_CPU).unique(return_inverse=True)
+            module.weight = _still(weights.looked_up(name, asked).to(self._device))
+            return (where.to(self._device),)
+
+        return hook
 
     def _fill(
         self, module: nn.Module, prefix: str, weights: Weights, *, recurse: bool = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from hbxt_compress.errors import HbxtError, QualityGateFailed, QualityUndecided, UsageError
+from hbxt_compress.errors import (
+    DiskFull,
+    HbxtError,
+    QualityGateFailed,
+    QualityUndecided,
+    UsageError,
+)
+from hbxt_compress.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     from hbxt_compress.runtime.session import Provider
@@ -254,28 +262,43 @@ def _promised_suite(recipe: object) -> str:
     return str(document.get("accept", {}).get("suite", "standard"))
 
 
-def _close_bars() -> None:
-    """Ends a progress bar that is being drawn, so that a message starts on its own line."""
-    for handler in logging.getLogger("hbxt_compress").handlers:
-        handler.close()
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs and exits: 0 done, 1 failed, 2 bad input, 3 gate failed, 4 undecided, 130 stopped."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs and exits: 0 done, 1 failed, 2 bad input, 3 gate failed, 4 undecided, 130, 143 stopped.
+
+    130 is SIGINT, 143 SIGTERM; a second signal kills at once.
+    """
+    with stoppable():
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(code)
+
+
+def _run(given: list[str]) -> int:
     try:
         code = hbxt.main(given, prog_name="hbxt", standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        _close_bars()
-        click.echo("interrupted; run the same command to continue", err=True)
-        code = 130
+        return error.exit_code
+    except (Stopped, click.Abort, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        _tell([f"stopped by {stopped}", *_kept(error), "run the same command to continue"])
+        return stopped.exit_code
     except (HbxtError, OSError) as error:
-        _close_bars()
         if "--debug" in given:
             traceback.print_exc()
-        click.echo(f"error: {error}", err=True)
-        code = error.exit_code if isinstance(error, HbxtError) else 1
-    sys.exit(code if isinstance(code, int) else 0)
+        _tell([f"error: {error}"])
+        if (kept := _kept(error)) or isinstance(error, OSError | DiskFull):
+            _tell([*kept, "once this is mended, the same command continues"])
+        return error.exit_code if isinstance(error, HbxtError) else 1
+    return code if isinstance(code, int) else 0
+
+
+def _tell(parts: Sequence[str]) -> None:
+    """Prints one message on stderr, on a line of its own."""
+    for handler in logging.getLogger("hbxt_compress").handlers:
+        handler.close()  # ends a progress bar that is being drawn
+    click.echo("; ".join(parts), err=True)
+
+
+def _kept(error: BaseException) -> list[str]:
+    """What the store noted about a result that was being built."""
+    return list(vars(error).get("__notes__", ()))

@@ -7,6 +7,7 @@ HbxtError                 1
 |-- SourceError           2   a model folder is missing, damaged or of another kind
 |-- ArtifactError         2   an artifact is damaged, tampered with or too new
 |-- StoreError            1   the result store cannot be read or written
+|-- DiskFull              1   no space or quota is left, or a file may not grow
 |-- CalibrationError      1   calibration saw nothing, or non-finite numbers
 |-- ExportError           1   a graph could not be made, or differs from its model
 |-- HealthError           1   generated clips are black, constant or non-finite
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 __all__ = [
     "ArtifactError",
     "CalibrationError",
+    "DiskFull",
     "ExportError",
     "HbxtError",
     "HealthError",
@@ -66,6 +68,10 @@ class ArtifactError(HbxtError):
 
 
 class StoreError(HbxtError):
+    pass
+
+
+class DiskFull(HbxtError):
     pass
 
 

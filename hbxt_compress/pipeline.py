@@ -78,8 +78,8 @@ def evaluate(
     )
 
 
-def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str]]:
-    """(stage, key, state) of each step towards the artifact, up to the first that is not done."""
+def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str, str]]:
+    """(stage, key, state, finished pieces) of each step, up to the first that is not done."""
     peek = store.peek()
     with suppress(Missing):
         _artifact(recipe, locate(model, store.memo), peek, Machine())

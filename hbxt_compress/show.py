@@ -147,14 +147,14 @@ def report(found: QualityReport, folder: Path | None, json_wanted: bool) -> None
     return None
 
 
-def status(rows: Iterable[tuple[str, str, str]], json_wanted: bool) -> None:
-    """Prints which stages are done."""
-    rows = list(rows)
+def status(rows: Iterable[tuple[str, str, str, str]], json_wanted: bool) -> None:
+    """Prints which stages are done, and how many pieces of one that was stopped."""
+    head = ("stage", "key", "state", "pieces")
     if json_wanted:
-        return as_json([{"stage": stage, "key": key, "state": state} for stage, key, state in rows])
-    table = _table("stage", "key", "state")
-    for stage, key, state in rows:
-        table.add_row(stage, key, f"[{_COLOUR.get(state, 'dim')}]{state}")
+        return as_json([dict(zip(head, row, strict=True)) for row in rows])
+    table = _table(*head)
+    for stage, key, state, pieces in rows:
+        table.add_row(stage, key, f"[{_COLOUR.get(state, 'dim')}]{state}", pieces)
     return _out().print(table)
 
 

@@ -7,29 +7,35 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hbxt_compress import disk
 from hbxt_compress.errors import SourceError, listing
-from hbxt_compress.store import file_sha256
+from hbxt_compress.journal import file_sha256
 
 __all__ = ["BUILTIN", "Header", "Source", "locate", "read_headers"]
 
 BUILTIN = "builtin/tiny-wan"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt")
+_MUCH = 100_000_000  # bytes: hashing them again would be missed
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model folder. model: what the user asked for. files: path in the folder -> sha256."""
+    """A model folder. model: what the user asked for. files: path in the folder -> sha256.
+
+    stamps: file -> (bytes, mtime in ns) when it was found, so that a later change is noticed.
+    """
 
     model: str
     folder: Path
     files: Mapping[str, str]
+    stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
 
     def key(self) -> dict[str, str]:
         """What stands for this model in a result's key: its bytes, not where they lie."""
@@ -51,11 +57,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """A tensor as its safetensors header describes it; dtype as there (BF16, F16, F32, ...)."""
+    """A tensor as its safetensors header describes it; dtype as there (BF16, F16, F32, ...).
+
+    offset: of its first byte in the file.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
 
 
 def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Source:
@@ -71,6 +81,7 @@ def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Sour
     return Source(
         model=model,
         folder=folder,
+        stamps={path: _stamp(path) for path in paths},
         files=_hashes(folder, paths, memo)
         if hashed
         else dict.fromkeys((p.relative_to(folder).as_posix() for p in paths), ""),
@@ -111,26 +122,30 @@ def _hashes(folder: Path, paths: list[Path], memo: Path | None) -> dict[str, str
     known: dict[str, str] = {}
     if memo is not None and memo.is_file():
         try:
-            known = json.loads(memo.read_text())
+            read = json.loads(memo.read_text())
         except ValueError:
-            known = {}
-    stats = [path.stat() for path in paths]
-    keys = [
-        f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        for path, stat in zip(paths, stats, strict=True)
-    ]
+            read = {}
+        known = read if isinstance(read, dict) else {}
+    stamps = [_stamp(path) for path in paths]
+    keys = [f"{p.resolve()}|{stamp[0]}|{stamp[1]}" for p, stamp in zip(paths, stamps, strict=True)]
+    found, fresh = {}, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing holds no lock, and shards are many
         hashes = pool.map(lambda path, key: known.get(key) or file_sha256(path), paths, keys)
-        known |= dict(zip(keys, hashes, strict=True))
-    found = {
-        path.relative_to(folder).as_posix(): known[key]
-        for path, key in zip(paths, keys, strict=True)
-    }
-    if memo is not None:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        memo.with_suffix(".tmp").write_text(json.dumps(known))
-        memo.with_suffix(".tmp").replace(memo)
+        for path, stamp, key, digest in zip(paths, stamps, keys, hashes, strict=True):
+            if _stamp(path) != stamp:
+                raise SourceError(f"{path}: changed while it was read; wait until it is written")
+            fresh += 0 if key in known else stamp[0]
+            known[key] = found[path.relative_to(folder).as_posix()] = digest
+            if memo is not None and (fresh > _MUCH or (fresh and path == paths[-1])):
+                memo.parent.mkdir(parents=True, exist_ok=True)
+                disk.write_text(memo, json.dumps(known))
+                fresh = 0
     return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
@@ -155,7 +170,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
 def _read_header(path: Path) -> dict[str, Header]:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with disk.reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"not a safetensors file, or cut short at {size} bytes")
@@ -171,6 +186,11 @@ def _read_header(path: Path) -> dict[str, Header]:
     if unknown:
         raise ValueError(f"holds dtypes {unknown}; expected full-precision weights")
     return {
-        name: Header(file=path, shape=tuple(about["shape"]), dtype=about["dtype"])
+        name: Header(
+            file=path,
+            shape=tuple(about["shape"]),
+            dtype=about["dtype"],
+            offset=8 + length + about["data_offsets"][0],
+        )
         for name, about in header.items()
     }

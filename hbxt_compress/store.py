@@ -3,7 +3,8 @@
     <root>/<stage>/<key, 16 hex>/          one result, nothing but its own files
     <root>/<stage>/<key>.json              written last: the document whose sha256 is the key (why
                                            the result exists), size and sha256 of every file
-    <root>/<stage>/<key>.partial/          being built; handed back after a crash
+    <root>/<stage>/<key>.partial/          being built, with a journal of what is finished; handed
+                                           back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
 
 A key covers the stage's name and VERSION, the versions of the packages in its FACTS, its parameters
@@ -21,17 +22,21 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
+from hbxt_compress import disk
 from hbxt_compress.errors import StoreError, UsageError, listing
+from hbxt_compress.journal import Journal, scratch_of
 from hbxt_compress.machine import Machine
 
 __all__ = [
@@ -42,12 +47,12 @@ __all__ = [
     "Store",
     "Work",
     "canonical",
-    "file_sha256",
     "publish",
 ]
 
 log = logging.getLogger(__name__)
 _KEY_DIGITS = 16
+_REMEDY = "make room, or move the store to another disk and name it with --store"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,22 +67,58 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A result being built: a folder, and pieces that survive a kill."""
+    """A result being built: a folder, and pieces that survive a kill.
+
+    journal: what earlier runs finished; None: what is there is trusted, and nothing noted.
+    """
 
     folder: Path
+    journal: Journal | None = None
 
-    def piece(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The file `name`, made by `make(path)` unless an earlier run finished it."""
-        path = self.folder / name
-        if path.exists():
+    @property
+    def scratch(self) -> Path:
+        """A folder that is no part of the result; its `*.checkpoint` files survive a kill."""
+        folder = scratch_of(self.folder)
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def expect(self, n_pieces: int) -> None:
+        """Tells how many pieces there will be, for those who watch."""
+        if self.journal is not None:
+            self.journal.expect(n_pieces)
+
+    def piece(
+        self, name: str, make: Callable[[Path], None], *, needs_bytes: int | None = None
+    ) -> Path:
+        """The file or folder `name`, made by `make(path)` unless an earlier run finished it.
+
+        needs_bytes: what `make` will write, if that is known.
+
+        Raises:
+            DiskFull: told before `make` is called, if there is less than it needs.
+        """
+        path, journal = self.folder / name, self.journal
+        if path.exists() and (journal is None or journal.vouches_for(name)):
             log.info("%s: found", name)
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        make(unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        room, began = self.scratch / f"{name.replace('/', '_')}.piece", time.monotonic()
+        for leftover in (path, room):
+            disk.remove(leftover)
+        room.mkdir()
+        unfinished = room / path.name
+        try:
+            with disk.writing(path, needs_bytes=needs_bytes, remedy=_REMEDY):
+                make(unfinished)
+                disk.sync(unfinished)
+                if journal is not None:
+                    journal.add(name, unfinished, time.monotonic() - began)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                disk.put(unfinished, path)
+            log.info("%s: made in %.1f s", name, time.monotonic() - began)
+        finally:
+            disk.remove(room)
+            with suppress(OSError):  # not empty: a checkpoint, or a piece that this one is part of
+                self.scratch.rmdir()
         return path
 
 
@@ -104,9 +145,10 @@ class Store:
         """
         folder, document = self._address(stage, arguments)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with _locked(folder):
             if not _record(folder).exists():
                 self._build(stage, arguments, folder, document)
+            _aside(folder).unlink(missing_ok=True)
             return self._open(folder, document)
 
     def peek(self) -> Peek:
@@ -137,27 +179,22 @@ class Store:
         folder: Path,
         document: str,
     ) -> None:
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(exist_ok=True)
+        journal = _resume(folder)
+        partial = _partial(folder)
         log.info("%s: started (%s)", stage.__name__, folder.name)
-        stage(Work(partial), **arguments)
-        for leftover in partial.rglob("*.tmp"):
-            leftover.unlink()
-        files = {
-            path.relative_to(partial).as_posix(): {
-                "size": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        }
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        unfinished = folder.with_suffix(".tmp")
-        unfinished.write_text(
-            json.dumps({"document": json.loads(document), "files": files}, indent=1)
-        )
-        os.replace(unfinished, _record(folder))
+        try:
+            with disk.writing(partial, remedy=_REMEDY):
+                stage(Work(partial, journal), **arguments)
+                _seal(folder, journal, document)
+        except SafetensorError as error:  # sources are read by our own reader, which names files
+            read = [str(one.folder) for one in arguments.values() if isinstance(one, Entry)]
+            raise StoreError(
+                f"{stage.__name__}: a stored tensor file cannot be read ({error}); one of these is "
+                f"damaged, delete it and its .json:\n{listing([*read, str(partial)])}"
+            ) from error
+        except BaseException as error:
+            error.add_note(f"{journal.progress()} pieces are finished under {partial}")
+            raise
 
     def _open(self, folder: Path, document: str) -> Entry:
         record = json.loads(_record(folder).read_text())
@@ -193,25 +230,78 @@ def _record(folder: Path) -> Path:
     return folder.with_suffix(".json")
 
 
+def _partial(folder: Path) -> Path:
+    return folder.with_suffix(".partial")
+
+
+def _aside(folder: Path) -> Path:
+    """Where the journal is while a result gets its name and its record."""
+    return folder.with_suffix(".journal")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a result; the kernel lets go of it when this process ends, however it does."""
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s: another run is making it; waiting for that one", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _resume(folder: Path) -> Journal:
+    """The journal of a result without a record, wherever an earlier run was stopped."""
+    partial = _partial(folder)
+    if folder.exists() and not partial.exists():
+        os.replace(folder, partial)
+    partial.mkdir(exist_ok=True)
+    journal = Journal(partial)
+    if _aside(folder).exists():
+        os.replace(_aside(folder), journal.path)
+        journal = Journal(partial)
+    journal.drop_strangers()
+    return journal
+
+
+def _seal(folder: Path, journal: Journal, document: str) -> None:
+    """Gives a built result its name, then its record; what is journaled is not read again."""
+    partial = _partial(folder)
+    disk.remove(scratch_of(partial))
+    files = {name: asdict(note) for name, note in journal.files().items()}
+    if journal.path.exists():
+        os.replace(journal.path, _aside(folder))
+    disk.remove(folder)
+    disk.put(partial, folder)
+    record = {"document": json.loads(document), "files": files}
+    disk.write_text(_record(folder), json.dumps(record, indent=1))
+
+
 class Missing(Exception):
     """Raised by Peek at the first result that is not there."""
 
 
 class Peek(Store):
-    """A store that only looks. seen: (stage, key, state) of every result asked for so far."""
+    """A store that only looks.
+
+    seen: (stage, key, state, pieces) of every result asked for so far; pieces: "3 of 12" if partial
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.seen: list[tuple[str, str, str]] = []
+        self.seen: list[tuple[str, str, str, str]] = []
 
     def result(self, stage: Callable[..., None], **arguments: object) -> Entry:
         """The result if it is finished; raises Missing if it is not."""
         folder, document = self._address(stage, arguments)
-        done = _record(folder).exists()
-        state = (
-            "done" if done else "partial" if folder.with_suffix(".partial").exists() else "missing"
-        )
-        self.seen.append((stage.__name__, folder.name, state))
+        done, partial = _record(folder).exists(), _partial(folder)
+        state = "done" if done else "partial" if partial.exists() else "missing"
+        pieces = Journal(partial).progress() if state == "partial" else ""
+        self.seen.append((stage.__name__, folder.name, state, pieces))
         if not done:
             raise Missing
         return self._open(folder, document)
@@ -227,14 +317,37 @@ def publish(entry: Entry, out: Path, *, mark: str) -> Path:
         raise UsageError(f"{out}: exists and holds no {mark}; choose another folder or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.with_name(f".{out.name}.{kind}") for kind in ("new", "old"))
+    if old.exists() and not out.exists():  # killed between the two renames below
+        os.replace(old, out)
     for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(entry.folder, fresh)
+        disk.remove(leftover)
+    paths = sorted(entry.folder.rglob("*"))
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    remedy = f"make room, or give an --out elsewhere; the result is whole in {entry.folder}"
+    try:
+        with disk.writing(out, needs_bytes=size, remedy=remedy):
+            _copy(entry.folder, paths, fresh)
+            disk.sync(fresh)
+    except BaseException:
+        disk.remove(fresh)
+        raise
     if out.exists():
         os.replace(out, old)
-    os.replace(fresh, out)
-    shutil.rmtree(old, ignore_errors=True)
+    disk.put(fresh, out)
+    disk.remove(old)
     return out
+
+
+def _copy(folder: Path, paths: Sequence[Path], to: Path) -> None:
+    """Unlike shutil.copytree, stops at the first error and keeps its number."""
+    to.mkdir()
+    for path in paths:
+        copy = to / path.relative_to(folder)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            with disk.reading(path):
+                shutil.copy2(path, copy)
 
 
 def canonical(value: object) -> Any:
@@ -262,9 +375,3 @@ def canonical(value: object) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise TypeError(f"{type(value).__name__} cannot be part of a key")
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

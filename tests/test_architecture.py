@@ -23,7 +23,17 @@ MEDIAN_LINES = 160
 # Lower rows know nothing of higher ones; names in one row do not know each other, but for SIDEWAYS.
 ROWS = (
     {"errors"},
-    {"strict", "yaml_text", "machine", "store", "library", "torchvision_ops", "external_data"},
+    {"disk"},
+    {
+        "strict",
+        "yaml_text",
+        "machine",
+        "store",
+        "journal",
+        "library",
+        "torchvision_ops",
+        "external_data",
+    },
     {
         "layers",
         "sampler",
@@ -45,7 +55,7 @@ ROWS = (
     {"plan"},
     {"stages"},
     {"pipeline"},
-    {"show", "progress", "doctor", "reference"},
+    {"show", "progress", "stopping", "doctor", "reference"},
     {"cli", "__init__"},
     {"__main__"},
 )
@@ -53,6 +63,7 @@ SIDEWAYS = {
     ("library", "strict"): "suggestions for misspelt names",
     ("strict", "yaml_text"): "two halves of one job, each short",
     ("store", "machine"): "a machine is an argument that no key holds",
+    ("store", "journal"): "a result being built has one",
     ("artifact", "sampler"): "a manifest carries its sampler",
     ("quantized", "layers"): "keyed by layer name",
     ("weights", "source"): "which file holds a tensor stands in the headers",

@@ -14,6 +14,7 @@ import pytest
 
 from hbxt_compress import cli, library, pipeline
 from hbxt_compress.artifact import Artifact
+from hbxt_compress.errors import SourceError
 from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.report import SCHEMA, Measurement, QualityReport, Verdict
@@ -181,7 +182,7 @@ def test_a_model_that_is_not_there_is_exit_code_2(hbxt: Run, tmp_path: Path) -> 
     assert "no such folder" in hbxt.err
 
 
-def test_an_interrupt_and_a_full_disk_are_one_line(
+def test_an_interrupt_and_an_error_of_the_system_say_how_to_go_on(
     hbxt: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_with(error: BaseException) -> None:
@@ -192,10 +193,21 @@ def test_an_interrupt_and_a_full_disk_are_one_line(
 
     fail_with(KeyboardInterrupt())
     assert hbxt("plan", "w4a16") == 130
-    assert "run the same command to continue" in hbxt.err
-    fail_with(OSError(28, "No space left on device", "/x/y"))
+    assert hbxt.err == "\nstopped by SIGINT; run the same command to continue\n"
+    fail_with(OSError(5, "Input/output error", "/x/y"))
     assert hbxt("plan", "w4a16") == 1
-    assert hbxt.err == "error: [Errno 28] No space left on device: '/x/y'\n"
+    assert hbxt.err == (
+        "error: [Errno 5] Input/output error: '/x/y'\n"
+        "once this is mended, the same command continues\n"
+    )
+    error = SourceError("a shard is gone")
+    error.add_note("2 of 3 pieces are finished under x.partial")
+    fail_with(error)
+    assert hbxt("plan", "w4a16") == 2
+    assert hbxt.err == (
+        "error: a shard is gone\n2 of 3 pieces are finished under x.partial; "
+        "once this is mended, the same command continues\n"
+    )
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

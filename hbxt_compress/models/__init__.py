@@ -10,7 +10,6 @@ from hbxt_compress.torchvision_ops import mend_torchvision
 mend_torchvision()  # before the families import diffusers and transformers
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final, Protocol
 
 import torch
@@ -74,9 +73,6 @@ class Family(Protocol):
 
     def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
         """The pairs of linears in a block between which features may be mixed."""
-
-    def weight_files(self, source: Source, component: str) -> dict[str, Path]:
-        """The safetensors file that holds each parameter of a component."""
 
     def skeleton(self, source: Source, component: str) -> nn.Module:
         """The component's module in eval mode, float32 parameters on the meta device.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -178,15 +177,11 @@ class Wan:
             Pair(first=f"{at}.ffn.net.0.proj", second=f"{at}.ffn.net.2", joint="hidden"),
         )
 
-    def weight_files(self, source: Source, component: str) -> dict[str, Path]:
-        """The safetensors file that holds each parameter of a component."""
-        return {name: header.file for name, header in _headers(source, component).items()}
-
     def weights(self, source: Source, component: str) -> Weights:
         # the embedding is tied; a checkpoint may hold it once
         tied = {"encoder.embed_tokens.weight": "shared.weight"}
         folder = source.folder / _FOLDER.get(component, component)
-        return Weights(folder, tied if component == "text_encoder" else {})
+        return Weights(folder, tied if component == "text_encoder" else {}, source.stamps)
 
     def skeleton(self, source: Source, component: str) -> nn.Module:
         module = _empty(source, _FOLDER.get(component, component), component)

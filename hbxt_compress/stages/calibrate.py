@@ -39,6 +39,7 @@ def calibrate(work: Work, source: Source, prompts: PromptSet, on: Machine) -> No
         CalibrationError: the model's latents are not finite.
     """
     model = None
+    work.expect(len(prompts.prompts))
     for i, (prompt, seed) in enumerate(prompts.items()):
         log.info(
             "calibrate: %s", prompt, extra={"progress": (i, len(prompts.prompts), "calibrate")}

@@ -1,24 +1,25 @@
 """Export: the ONNX artifact of a model, component by component, and its manifest.
 
-A component is written whole or not at all; a killed run goes on with the next one. Its graph is
-traced without weights, which are then read, packed and written one by one.
+A component is written whole or not at all; a killed run goes on with the first that is not there,
+so it loses one component at most: for the transformer of a 5B model 2.6 GB, written in seconds. A
+graph is traced without weights, which are then read, packed and written one by one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
 from hbxt_compress import artifact as contract
-from hbxt_compress.artifact import LayerFate, Manifest, record_files, write_manifest
+from hbxt_compress.artifact import FileRecord, LayerFate, Manifest, record_files, write_manifest
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.graph.export import export_component
@@ -55,14 +56,11 @@ def export(
     family = family_of(source)
     quantized = QuantizedModel.open(rounded.folder) if rounded else QuantizedModel(weights={})
     planned = plan.components()
+    work.expect(len(planned))
     for i, component in enumerate(planned):
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
-        folder = work.folder / component
-        if not folder.exists():
-            unfinished = work.folder / f"{component}.tmp"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            _write(unfinished, family, source, component, plan, quantized)
-            os.replace(unfinished, folder)
+        make = partial(_write, family, source, component, plan, quantized)
+        work.piece(component, make, needs_bytes=planned[component]["after"])
     _copy_texts(source, work.folder, tuple(planned))
     sizes = {
         c: {"before": planned[c]["before"], "after": component_bytes(work.folder / c)}
@@ -70,18 +68,18 @@ def export(
     }
     write_manifest(
         work.folder,
-        _manifest(work.folder, family, source, model, plan, quantized, recipe, rounded, sizes),
+        _manifest(work, family, source, model, plan, quantized, recipe, rounded, sizes),
     )
     log.info("export: done", extra={"progress": (len(planned), len(planned), "export")})
 
 
 def _write(
-    folder: Path,
     family: Family,
     source: Source,
     component: str,
     plan: Plan,
     quantized: QuantizedModel,
+    folder: Path,
 ) -> None:
     stored, tuned = family.weights(source, component), _tuned(component, quantized)
     if lost := sorted(tuned.keys() - set(stored.names)):
@@ -199,12 +197,24 @@ def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> No
     )
 
 
+def _records(work: Work) -> tuple[FileRecord, ...]:
+    """What the manifest says of every file; those of a component were hashed when written."""
+    if work.journal is None:
+        return record_files(work.folder)
+    found = sorted(work.journal.files().items())
+    return tuple(
+        FileRecord(path=path, sha256=note.sha256, size_bytes=note.size)
+        for path, note in found
+        if path != contract.MANIFEST
+    )
+
+
 def _write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _manifest(
-    folder: Path, family: Family, source: Source, model: str, plan: Plan,
+    work: Work, family: Family, source: Source, model: str, plan: Plan,
     quantized: QuantizedModel, recipe: Recipe, rounded: Entry | None,
     sizes: Mapping[str, Mapping[str, int]],
 ) -> Manifest:  # fmt: skip
@@ -241,5 +251,5 @@ def _manifest(
         lineage=({"stage": "quantize", "digest": rounded.digest},) if rounded else (),
         made_with={name: version(name) for name in ("hbxt-compress", *FACTS)},
         session=SESSION_OPTIONS,
-        files=record_files(folder),
+        files=_records(work),
     )

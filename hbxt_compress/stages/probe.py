@@ -56,6 +56,7 @@ def probe(
         damages = _probe(source, choices, trajectories, on)
         path.write_text(json.dumps(damages, indent=1, sort_keys=True))
 
+    work.expect(1)
     work.piece(_RESULT, make)
 
 

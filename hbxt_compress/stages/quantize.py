@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from hbxt_compress.algorithms import AnyPreparer
@@ -74,6 +73,10 @@ def quantize(
     family = family_of(source)
     blind = [layer for layer in layers if layer.spec.kind != "embedding"]
     tables = [layer for layer in layers if layer.spec.kind == "embedding"]
+    work.expect(
+        len({(layer.spec.component, layer.spec.block) for layer in blind})
+        + len({layer.spec.component for layer in tables})
+    )
     for component, group in groupby(tables, key=lambda layer: layer.spec.component):
         make = partial(round_blindly, family.weights(source, component), list(group))
         work.piece(TABLES.format(component), make)
@@ -207,10 +210,8 @@ def _round(
 
 
 def _weight(source: Source, family: Family, member: LayerPlan) -> Tensor:
-    parameter = member.spec.parameter
-    files = family.weight_files(source, member.spec.component)
-    with safe_open(files[parameter], framework="pt") as file:
-        return file.get_tensor(parameter).flatten(1)
+    weights = family.weights(source, member.spec.component)
+    return weights.unchecked(member.spec.parameter).flatten(1)
 
 
 def _require_finite(source: Source, family: Family, layers: Sequence[LayerPlan]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hbxt_compress import disk
 from hbxt_compress.algorithms import SAMPLER_REFINERS, AnyRefiner
 from hbxt_compress.algorithms.example import Example
 from hbxt_compress.chain import Chain
@@ -84,6 +84,7 @@ def refine(
         batches = [batch.to(device) for batch in shown_all]
         make = partial(_refined, work, component, full, half, batches, how, sampler)
         work.piece(f"{component}.safetensors", make)
+        disk.remove(work.scratch)  # its checkpoints
     log.info("refine: done", extra={"progress": (1, 1, "refine")})
 
 
@@ -114,7 +115,7 @@ def _refined(
         )
     solvers = tuple(SAMPLER_REFINERS.values())
     for i, refiner in enumerate(one for one in how if not isinstance(one, solvers)):
-        checkpoint = _Checkpoints(work.folder / f"{component}.{i}.checkpoint")
+        checkpoint = _Checkpoints(work.scratch / f"{component}.{i}.checkpoint")
         before, after = refiner.tune(
             half.module,
             half.call,
@@ -131,10 +132,13 @@ def _refined(
             raise CalibrationError(f"{component}: {error}") from None
         log.info("refine: %s: guided error %.4g, was %.4g", component, fit.after, fit.before)
         text = json.dumps({"corrections": fit.corrections, "notes": dict(fit.notes)}, indent=1)
-        (work.folder / f"{component}.sampler.json").write_text(text + "\n", encoding="utf-8")
+        text += "\n"
+        work.piece(f"{component}.sampler.json", partial(_write, text))
     save_block(path, *tuned(half.module, component))
-    for leftover in work.folder.glob(f"{component}.*.checkpoint"):
-        leftover.unlink()
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -173,7 +177,7 @@ class _Checkpoints:
     def save(self, state: Mapping[str, Tensor]) -> None:
         unfinished = self.path.with_suffix(".tmp")
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, unfinished)
-        os.replace(unfinished, self.path)
+        disk.put(unfinished, self.path)
 
     def load(self) -> Mapping[str, Tensor] | None:
         return load_file(self.path) if self.path.exists() else None

@@ -31,6 +31,7 @@ def sample(
     Unhealthy clips are kept: judging them is the report's job. A killed run goes on with the next
     clip.
     """
+    work.expect(len(items))
     with Runtime.open(
         artifact.folder, provider="cpu", n_threads=on.n_threads, keep=True
     ) as runtime:

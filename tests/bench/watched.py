@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 __all__ = ["Watched", "watch"]
 
@@ -52,10 +53,11 @@ def watch(
 ) -> Watched:
     """Runs a command to its end, its output in `log`; it is killed at either limit.
 
-    most_memory: bytes of anonymous memory.
+    SIGTERM ends it and this process. most_memory: bytes of anonymous memory.
     """
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as out:
+        before = signal.signal(signal.SIGTERM, _exit)  # by default it would leave the child alone
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
     memory, stopped = _Memory(), None
     try:
@@ -75,6 +77,7 @@ def watch(
         os.kill(child.pid, signal.SIGKILL)  # has ended already, unless watching was interrupted
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
+        signal.signal(signal.SIGTERM, before)
     return Watched(
         seconds=seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
@@ -87,6 +90,10 @@ def watch(
         curve=memory.curve,
         error=stopped or _failure(child.returncode, log),
     )
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 class _Memory:

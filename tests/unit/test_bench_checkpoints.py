@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hbxt_compress.journal import file_sha256
 from hbxt_compress.models.wan import Wan
 from hbxt_compress.source import locate, read_headers
-from hbxt_compress.store import file_sha256
 
 TINY = Checkpoint(transformer="tiny")
 

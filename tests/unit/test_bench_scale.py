@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from hbxt_compress.models.wan import Wan
 from hbxt_compress.plan import make_plan
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.source import locate
+from tests.forked import wait_for
 
 FLOOR = MachineFloor(
     machine="test", n_threads=1, gemm_flops={"float32": 1e9, "bfloat16": 2e9}, gemm_by_layer={},
@@ -82,6 +84,21 @@ def test_a_process_that_fails_says_why(
     assert took.error is not None
     assert told in took.error
     assert took.seconds < 30
+
+
+def test_a_watched_process_ends_with_the_one_that_watches(tmp_path: Path) -> None:
+    child = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys; from pathlib import Path; from watched import watch\n"
+        f"watch([sys.executable, '-c', {child!r}], Path('log.txt'))"
+    )
+    paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "bench")}
+    pid = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=paths) as run:
+        wait_for(lambda: pid.is_file() and pid.read_text() != "", most_s=30)
+        run.terminate()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{pid.read_text()}").exists()
 
 
 def test_the_floor_is_the_sum_of_its_parts() -> None:

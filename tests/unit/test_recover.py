@@ -413,7 +413,7 @@ def test_a_component_is_refined_and_a_killed_run_gives_the_same_bytes(
         patch.setattr(refining._Checkpoints, "step", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "two")
-    assert (tmp_path / "two" / "transformer.0.checkpoint").exists()
+    assert (tmp_path / "two" / "unfinished" / "transformer.0.checkpoint").exists()
     assert run(tmp_path / "two") == undisturbed
 
     before, after = QuantizedModel.load(quantized.folder), QuantizedModel.load(tmp_path / "one")

@@ -83,7 +83,7 @@ def test_peek_builds_nothing(tmp_path: Path) -> None:
     peek = Store(tmp_path).peek()
     with pytest.raises(Missing):
         peek.result(stage, text="a")
-    assert [state for _, _, state in peek.seen] == ["missing"]
+    assert [state for _, _, state, _ in peek.seen] == ["missing"]
     assert _calls == []
 
 

@@ -444,7 +444,9 @@ def test_a_half_finished_folder_is_completed_to_the_same_bytes(
     shutil.copytree(rounded, tmp_path / "q")
     for name in lost:
         (tmp_path / "q" / f"{name}.safetensors").unlink()
-    (tmp_path / "q" / f"{lost[0]}.safetensors.tmp").write_bytes(b"cut short")
+    name = f"{lost[0]}.safetensors"
+    (tmp_path / "q" / "unfinished" / f"{name}.piece").mkdir(parents=True)
+    (tmp_path / "q" / "unfinished" / f"{name}.piece" / name).write_bytes(b"cut short")
     assert _bytes(_quantized(uneven, tmp_path / "q", "int4-g64", uneven_seen)) == _bytes(rounded)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from hbxt_compress.errors import SourceError
 from hbxt_compress.layers import LayerName
 from hbxt_compress.quantized import Loss, QuantizedModel, QuantizedWeight, save_block
+from hbxt_compress.source import Header
 from hbxt_compress.weights import Weights
 
 
@@ -114,3 +116,39 @@ def test_an_opened_block_file_is_read_when_asked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         opened.weights[LayerName("net/a")].payload["codes"]
     assert torch.equal(loaded.weights[LayerName("net/a")].payload["codes"], payload["codes"])
+
+
+def test_rows_are_those_of_the_table(folder: Path) -> None:
+    rows = Weights(folder).looked_up("a.weight", torch.tensor([4, 0, 4]))
+    assert torch.equal(rows, _tensors()["a.weight"].float()[[4, 0, 4]])
+
+
+def test_a_tensor_longer_than_a_read_is_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hbxt_compress.weights._AT_ONCE", 20)
+    for name, tensor in _tensors().items():
+        assert torch.equal(Weights(folder).tensor(name), tensor.float())
+
+
+def test_a_file_cut_short_or_replaced_meanwhile_is_named(folder: Path) -> None:
+    path = folder / "model-00002-of-00002.safetensors"
+    stat, content = path.stat(), path.read_bytes()
+    stamped = Weights(folder, stamps={path: (stat.st_size, stat.st_mtime_ns)})
+    unstamped = Weights(folder)
+    os.truncate(path, len(content) - 20)
+    for weights in (stamped, unstamped):
+        with pytest.raises(SourceError, match=r"00002\.safetensors: changed while the run went on"):
+            weights.tensors()
+    path.write_bytes(content)
+    os.utime(path, ns=(0, stat.st_mtime_ns + 1))
+    with pytest.raises(SourceError, match=r"00002\.safetensors: changed while the run went on"):
+        stamped.tensor("b.weight")
+    assert torch.equal(stamped.tensor("a.weight"), _tensors()["a.weight"].float())
+
+
+def test_a_read_error_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Weights(folder)
+    monkeypatch.setattr(Header, "file", property(lambda _: Path("/proc/self/mem")), raising=False)
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        weights.tensor("c.weight")
