@@ -236,18 +236,25 @@ def _listed(path: Path, folder: Path, column: str) -> tuple[ClipFile, ...]:
 
 def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
     """The columns of a .csv, .jsonl or .parquet file, or the lines of a text file as `column`."""
-    from datasets import Dataset  # heavy, and only sets that name a file need it
+    import datasets  # heavy, and only sets that name a file need it
 
     readers = {
-        ".csv": Dataset.from_csv, ".jsonl": Dataset.from_json, ".parquet": Dataset.from_parquet,
-    }  # fmt: skip
-    read = readers.get(file.suffix, Dataset.from_text)
+        ".csv": datasets.Dataset.from_csv,
+        ".jsonl": datasets.Dataset.from_json,
+        ".parquet": datasets.Dataset.from_parquet,
+    }
+    read = readers.get(file.suffix, datasets.Dataset.from_text)
+    silent = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # reading a list of names is no progress worth a bar
     try:
         with tempfile.TemporaryDirectory() as cache:
             table = read(str(file), cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # datasets wraps what each reader raises in errors of its own
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecipeError(f"{file}: not readable as {file.suffix} ({reason})") from None
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
     columns = {name: list(table[name]) for name in table.column_names}
     return columns if file.suffix in readers else {column: columns["text"]}
 

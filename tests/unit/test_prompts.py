@@ -130,7 +130,9 @@ def _folder(at: Path, metadata: str | None = None, name: str = "metadata.csv") -
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
-def test_clips_of_a_folder_come_with_their_captions(name: str, tmp_path: Path) -> None:
+def test_clips_of_a_folder_come_with_their_captions(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = [("b.mp4", "two, of one"), ("a.mkv", "one")]
     text = "file_name,caption,more\n" + "".join(f'{file},"{what}",1\n' for file, what in rows)
     if name.endswith("jsonl"):
@@ -143,6 +145,7 @@ def test_clips_of_a_folder_come_with_their_captions(name: str, tmp_path: Path) -
     assert found.clips.folder == str(folder)
     expected = [(file, what, hashlib.sha256(file.encode()).hexdigest()) for file, what in rows]
     assert [(f.file, f.caption, f.sha256) for f in found.clips.files] == expected
+    assert capfd.readouterr() == ("", "")
 
 
 def test_clips_may_be_listed_with_the_bytes_they_must_have(tmp_path: Path) -> None:
