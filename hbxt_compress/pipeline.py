@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -11,13 +12,14 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
-from hbxt_compress.plan import Plan, make_plan, open_choices
-from hbxt_compress.prompts import load_prompts
+from hbxt_compress.plan import Plan, Shown, make_plan, open_choices, require_own_trajectories
+from hbxt_compress.prompts import PromptSet, load_prompts
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.report import QualityReport
 from hbxt_compress.source import Source, locate
 from hbxt_compress.stages.calibrate import calibrate
 from hbxt_compress.stages.export import export
+from hbxt_compress.stages.noise_clips import clip_geometry, noise_clips
 from hbxt_compress.stages.probe import probe, read_damages
 from hbxt_compress.stages.quantize import quantize
 from hbxt_compress.stages.refine import refine
@@ -90,20 +92,46 @@ def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Pla
     family = family_of(source)
     layers, parameters = family.layers(source), family.parameters(source)
     if recipe.budget is None:
-        return make_plan(recipe, layers, parameters)
+        planned = make_plan(recipe, layers, parameters)
+        if not (planned.calibrated or recipe.refine):
+            return planned
+        return replace(planned, shown=_shown(recipe, source, load_prompts(recipe.calibration)))
+    prompts = load_prompts(recipe.calibration)
+    shown = _shown(recipe, source, prompts)
     measured = store.result(
         probe,
         source=source,
         choices=open_choices(recipe, layers),
-        trajectories=_trajectories(recipe, source, store, machine),
+        trajectories=_states(prompts, source, store, machine),
         on=machine,
     )
-    return make_plan(recipe, layers, parameters, read_damages(measured.folder))
+    return replace(
+        make_plan(recipe, layers, parameters, read_damages(measured.folder)), shown=shown
+    )
 
 
-def _trajectories(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
-    prompts = load_prompts(recipe.calibration)
-    return store.result(calibrate, source=source, prompts=prompts, on=machine)
+def _shown(recipe: Recipe, source: Source, prompts: PromptSet) -> Shown:
+    """What calibration will show, checked against the model and the recipe before anything runs."""
+    family = family_of(source)
+    clips = prompts.clips
+    size = family.geometry(source) if clips is None else clip_geometry(family, source, clips)
+    shown = Shown(
+        name=prompts.name,
+        n=len(prompts.prompts),
+        n_held_out=prompts.held_out,
+        n_states=len(prompts.observe),
+        size=size,
+        n_tokens=family.tokens(source, size),
+        clips=() if clips is None else tuple(file.sha256 or "" for file in clips.files),
+    )
+    require_own_trajectories(recipe, shown)
+    return shown
+
+
+def _states(prompts: PromptSet, source: Source, store: Store, machine: Machine) -> Entry:
+    """The states that the model is observed at: its own trajectories', or noised clips."""
+    stage = calibrate if prompts.clips is None else noise_clips
+    return store.result(stage, source=source, prompts=prompts, on=machine)
 
 
 def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
@@ -111,7 +139,7 @@ def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) ->
     rounded, shown, learned = None, {}, {}
     if planned.calibrated or recipe.refine:
         prompts = load_prompts(recipe.calibration)
-        trajectories = _trajectories(recipe, source, store, machine)
+        trajectories = _states(prompts, source, store, machine)
         shown = {"trajectories": trajectories, "n_held_out": prompts.held_out}
         learned = {"n_first": prompts.statistics}
     if planned.quantized:

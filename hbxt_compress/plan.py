@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-from hbxt_compress.algorithms import AnyRounder
+from hbxt_compress.algorithms import SAMPLER_REFINERS, AnyRounder
 from hbxt_compress.allocation import Option, allocate
+from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import PlanError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
@@ -16,7 +17,17 @@ from hbxt_compress.recipe import Recipe
 from hbxt_compress.stats import Need
 from hbxt_compress.store import canonical
 
-__all__ = ["FULL_PRECISION", "KEEP", "Choice", "LayerPlan", "Plan", "make_plan", "open_choices"]
+__all__ = [
+    "FULL_PRECISION",
+    "KEEP",
+    "Choice",
+    "LayerPlan",
+    "Plan",
+    "Shown",
+    "make_plan",
+    "open_choices",
+    "require_own_trajectories",
+]
 
 KEEP = "fp16"
 FULL_PRECISION = frozenset({"fp16", "fp32"})
@@ -86,16 +97,50 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What calibration shows the model: states of its own trajectories or of noised clips.
+
+    name: the prompt set's. n: prompts or clips, n_held_out of them to choose with. n_states:
+    observed steps of each. n_tokens: of the transformer, for one state. clips: sha256 of each
+    clip's file; () for own trajectories.
+    """
+
+    name: str
+    n: int
+    n_held_out: int
+    n_states: int
+    size: Geometry
+    n_tokens: int
+    clips: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Which of the two, how many and of what size, in a line."""
+        what = f"{self.n} noised clips" if self.clips else f"{self.n} own trajectories"
+        size = self.size
+        return (
+            f"{what} ({self.n_held_out} held out) of {size.width}x{size.height}, {size.n_frames} "
+            f"frames at {size.fps:g} fps: {self.n_tokens} tokens, {self.n_states} steps each"
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values, as the manifest has them."""
+        return {**asdict(self), "clips": list(self.clips), "text": self.text}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every weight's fate.
 
     parameters: all parameters by component, so that what no rule can select (biases, norms) is
-    counted too. precision: bits of every layer that is not quantized.
+    counted too. precision: bits of every layer that is not quantized. shown: what calibration
+    shows the model, None if nothing needs it.
     """
 
     layers: tuple[LayerPlan, ...]
     parameters: Mapping[str, int]
     precision: Literal[16, 32]
+    shown: Shown | None = None
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -119,6 +164,7 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         return {
             "components": self.components(),
+            "calibration": None if self.shown is None else self.shown.to_json(),
             "layers": [
                 {
                     "name": layer.spec.name,
@@ -134,6 +180,19 @@ class Plan:
                 for layer in self.layers
             ],
         }
+
+
+def require_own_trajectories(recipe: Recipe, shown: Shown) -> None:
+    """Raises PlanError if a refiner needs states that the sampler went through, and has clips."""
+    fitted = [name for name, kind in SAMPLER_REFINERS.items()
+              if any(isinstance(one, kind) for one in recipe.refine)]  # fmt: skip
+    if shown.clips and fitted:
+        names = ", ".join(f"`use: {name}`" for name in fitted)
+        raise PlanError(
+            f"recipe {recipe.name}: refine has {names}, which is fitted to the model's own "
+            f"trajectories, but calibration {shown.name} shows {shown.n} noised clips; take it out "
+            "of refine, or calibrate on prompts"
+        )
 
 
 def open_choices(recipe: Recipe, specs: Sequence[LayerSpec]) -> tuple[Choice, ...]:

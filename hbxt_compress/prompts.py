@@ -1,33 +1,79 @@
-"""PromptSet: what calibration shows the model, as frozen text with a seed and observed steps."""
+"""PromptSet: what calibration shows the model: frozen text, a seed, observed steps; maybe clips.
+
+With prompts alone the model denoises each and is observed on its own trajectories. With `clips` it
+is shown real ones at the same noise levels, which needs no denoising.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from hbxt_compress import library
-from hbxt_compress.errors import RecipeError
+from hbxt_compress.errors import RecipeError, listing
 from hbxt_compress.strict import Settings, load
 
-__all__ = ["Name", "PromptSet", "PromptText", "Rows", "load_prompts", "seed_of"]
+__all__ = [
+    "ClipFile",
+    "Clips",
+    "Name",
+    "PromptSet",
+    "PromptText",
+    "Rows",
+    "load_prompts",
+    "seed_of",
+]
+
+_METADATA = ("metadata.csv", "metadata.jsonl")  # as the `videofolder` of `datasets` names them
+_FILE_NAME = "file_name"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 PromptText = Annotated[str, Field(min_length=1, max_length=4000)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Rows(Settings):
-    """Prompts of a local file that `datasets` reads: lines of text, or a Parquet column."""
+    """Prompts of a local file that `datasets` reads: lines of text, or a column."""
 
     file: str
-    """path of a .txt or .parquet file, relative to the YAML file"""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """path of a .txt, .csv, .jsonl or .parquet file, relative to the YAML file"""
+    sha256: _Sha256
     column: str = "caption"
     first: Annotated[int, Field(ge=0)] = 0
     count: Annotated[int, Field(ge=1)]
+
+
+class ClipFile(Settings):
+    """One real clip and what it shows."""
+
+    file: Annotated[str, Field(min_length=1)]
+    """a video file's path in the clips' folder"""
+    caption: PromptText
+    sha256: _Sha256 | None = None
+    """of the file, if it must be that one; filled in when the set is loaded"""
+
+
+class Clips(Settings):
+    """Real clips whose noised latents are shown instead of the model's own trajectories."""
+
+    folder: str
+    """where the videos are, relative to the YAML file"""
+    height: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1)]
+    """pixels that clips are resized to: the short side fits, the middle of the long one is kept"""
+    n_frames: Annotated[int, Field(ge=1)]
+    """frames of each clip, from its middle"""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """frames a second that are taken; default: the model's own"""
+    column: str = "caption"
+    """of the folder's metadata.csv or metadata.jsonl, where `files` are not listed"""
+    files: tuple[ClipFile, ...] = ()
+    """clips and captions; default: those of the folder's metadata, by file_name and column"""
 
 
 class PromptSet(Settings):
@@ -37,6 +83,7 @@ class PromptSet(Settings):
     summary: str
     prompts: tuple[PromptText, ...] = ()
     rows: Rows | None = None
+    clips: Clips | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     n_steps: Annotated[int, Field(ge=1, le=1000)]
     """denoising steps of each trajectory"""
@@ -54,9 +101,17 @@ class PromptSet(Settings):
             raise ValueError(
                 f"observe must rise within 0..{self.n_steps - 1}, not {list(self.observe)}"
             )
-        if bool(self.prompts) == (self.rows is not None):
-            raise ValueError("needs either prompts or rows, and not both")
-        n_prompts = len(self.prompts) if self.rows is None else self.rows.count
+        given = [bool(self.prompts), self.rows is not None, self.clips is not None]
+        if sum(given) != 1:
+            raise ValueError("needs exactly one of prompts, rows and clips")
+        _check_distinct(self.prompts)
+        if self.clips is None:
+            self._check_counts(len(self.prompts) if self.rows is None else self.rows.count)
+        elif self.clips.files:
+            self._check_counts(len(self.clips.files))
+        return self
+
+    def _check_counts(self, n_prompts: int) -> None:
         if self.held_out >= n_prompts:
             raise ValueError(f"held_out {self.held_out} leaves none of {n_prompts} to learn from")
         if (self.statistics or 0) > n_prompts - self.held_out:
@@ -64,8 +119,16 @@ class PromptSet(Settings):
                 f"statistics {self.statistics}: only {n_prompts - self.held_out} of {n_prompts} "
                 "prompts are not held out"
             )
-        _check_distinct(self.prompts)
-        return self
+
+    def key(self) -> dict[str, object]:
+        """What stands for the set in a result's key: clips by their bytes, wherever they lie."""
+        document = {"kind": type(self).__name__, **self.model_dump(mode="json")}
+        clips = document.pop("clips")
+        if clips is not None:
+            del clips["folder"], clips["column"]
+            clips["files"] = [[file["caption"], file["sha256"]] for file in clips["files"]]
+            document["clips"] = clips
+        return document
 
     def items(self) -> list[tuple[str, int]]:
         """(prompt, seed of its noise) in order."""
@@ -78,9 +141,17 @@ def seed_of(seed: int, prompt: str) -> int:
 
 
 def load_prompts(name_or_path: str) -> PromptSet:
-    """A prompt set with its text in it; rows of a file are read and replaced by what they say."""
+    """A prompt set with its text in it; rows of a file are read and replaced by what they say.
+
+    Of clips, the folder is made absolute, every file named with its sha256, prompts the captions.
+
+    Raises:
+        RecipeError: the set is not valid, or files that it names are missing or not those.
+    """
     path = library.find("calibration", name_or_path)
     found = load(PromptSet, path)
+    if found.clips is not None:
+        return _with_clips(path, found, found.clips)
     if found.rows is None:
         return found
     texts = _texts(path, found.rows)
@@ -98,22 +169,94 @@ def _texts(path: Path, rows: Rows) -> tuple[str, ...]:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != rows.sha256:
         raise RecipeError(f"{path}: rows.sha256: {file} has {digest}, not {rows.sha256}")
-    from datasets import Dataset  # heavy, and only sets that name a file need it
+    table = _table(file, rows.column)
+    if rows.column not in table:
+        raise RecipeError(f"{path}: rows.column: {file} has {list(table)}, not {rows.column!r}")
+    texts, end = table[rows.column], rows.first + rows.count
+    if end > len(texts):
+        raise RecipeError(f"{path}: rows: wants rows {rows.first}..{end - 1} of {len(texts)}")
+    return tuple(str(text) for text in texts[rows.first : end])
 
-    with tempfile.TemporaryDirectory() as cache:
-        if file.suffix == ".parquet":
-            table = Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
-        else:
-            table = Dataset.from_text(str(file), cache_dir=cache, keep_in_memory=True)
-            table = table.rename_column("text", rows.column)
-    if rows.column not in table.column_names:
+
+def _with_clips(path: Path, found: PromptSet, clips: Clips) -> PromptSet:
+    """The set with every clip found and hashed."""
+    folder = (path.parent / clips.folder).resolve()
+    if not folder.is_dir():
+        raise RecipeError(f"{path}: clips.folder: {folder} does not exist")
+    problems, files = [], list[ClipFile]()
+    for wanted in clips.files or _listed(path, folder, clips.column):
+        file = folder / wanted.file
+        if not file.is_file() or not file.resolve().is_relative_to(folder):
+            problems.append(f"{wanted.file}: no such file in {folder}")
+            continue
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if wanted.sha256 not in (None, digest):
+            problems.append(f"{wanted.file}: its sha256 is {digest}, not {wanted.sha256}")
+        files.append(wanted.model_copy(update={"sha256": digest}))
+    digests = [file.sha256 for file in files]
+    problems += [f"{f.file}: the same clip stands more than once" for i, f in enumerate(files)
+                 if f.sha256 in digests[:i]]  # fmt: skip
+    if problems:
+        raise RecipeError(f"{path}: clips, {len(problems)} problems:\n{listing(problems)}")
+    try:
+        found._check_counts(len(files))
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    whole = clips.model_copy(update={"folder": str(folder), "files": tuple(files)})
+    captions = tuple(file.caption for file in files)
+    return found.model_copy(update={"prompts": captions, "clips": whole})
+
+
+def _listed(path: Path, folder: Path, column: str) -> tuple[ClipFile, ...]:
+    """The clips of a folder's metadata, in its order."""
+    file = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
+    if file is None:
         raise RecipeError(
-            f"{path}: rows.column: {file} has {table.column_names}, not {rows.column!r}"
+            f"{path}: clips: {folder} has no {' or '.join(_METADATA)} with {_FILE_NAME} and "
+            f"{column}; write one, or list `files` with captions here"
         )
-    end = rows.first + rows.count
-    if end > len(table):
-        raise RecipeError(f"{path}: rows: wants rows {rows.first}..{end - 1} of {len(table)}")
-    return tuple(str(text) for text in table[rows.column][rows.first : end])
+    table = _table(file)
+    missing = [name for name in (_FILE_NAME, column) if name not in table]
+    if missing:
+        raise RecipeError(f"{path}: clips: {file} has {list(table)}, not {', '.join(missing)}")
+    found, problems = [], []
+    for i, (name, text) in enumerate(zip(table[_FILE_NAME], table[column], strict=True)):
+        try:
+            found.append(ClipFile(file=str(name or ""), caption=str(text or "")))
+        except ValueError:
+            problems.append(f"row {i}: {name!r}: {str(text)[:60]!r}")
+    if problems or not found:
+        raise RecipeError(
+            f"{path}: clips: {file} has {len(found)} rows with a {_FILE_NAME} and a {column} of "
+            f"1..4000 characters, and {len(problems)} without\n{listing(problems)}"
+        )
+    return tuple(found)
+
+
+def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
+    """The columns of a .csv, .jsonl or .parquet file, or the lines of a text file as `column`."""
+    import datasets  # heavy, and only sets that name a file need it
+
+    readers = {
+        ".csv": datasets.Dataset.from_csv,
+        ".jsonl": datasets.Dataset.from_json,
+        ".parquet": datasets.Dataset.from_parquet,
+    }
+    read = readers.get(file.suffix, datasets.Dataset.from_text)
+    silent = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # reading a list of names is no progress worth a bar
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            table = read(str(file), cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # datasets wraps what each reader raises in errors of its own
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise RecipeError(f"{file}: not readable as {file.suffix} ({reason})") from None
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
+    columns = {name: list(table[name]) for name in table.column_names}
+    return columns if file.suffix in readers else {column: columns["text"]}
 
 
 def _check_distinct(prompts: tuple[str, ...]) -> None:

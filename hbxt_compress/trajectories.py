@@ -1,7 +1,7 @@
-"""Trajectories: the states at which a model is observed, from its own full-precision denoising.
+"""Trajectories: the states at which a model is observed, one file a prompt.
 
-One file a prompt. They depend on the model, its sampler and the prompts alone, so one set serves
-every recipe.
+From its own full-precision denoising or, in the same form, noised latents of real clips. They
+depend on the model, its sampler and the prompt set alone, so one set serves every recipe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Trajectory", "load_trajectories"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """What the model met while it denoised one prompt, at K observed steps.
+    """What the model meets on the way to one clip, at K observed steps.
 
     latents_KCTHW: float32, before the step. timesteps_K, guidance_K: float32. ids_1S, mask_1S: the
     prompt's tokens, int64; none_ids_1S, none_mask_1S: those of the empty prompt.

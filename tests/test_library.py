@@ -70,6 +70,21 @@ def test_no_prompt_is_both_calibrated_on_and_evaluated() -> None:
     assert not seen & judged
 
 
+def test_the_clip_set_in_the_readme_is_valid(tmp_path: Path) -> None:
+    page = (library.folder("calibration") / "README.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    path, names = tmp_path / "my-clips.yaml", [f"{i}.mp4" for i in range(5)]
+    path.write_text(text)
+    (tmp_path / "clips").mkdir()
+    for name in names:
+        (tmp_path / "clips" / name).write_bytes(name.encode())
+    rows = "".join(f"{name},clip {name}\n" for name in names)
+    (tmp_path / "clips" / "metadata.csv").write_text(f"file_name,caption\n{rows}")
+    found = load_prompts(str(path))
+    assert found.name == path.stem
+    assert found.prompts == tuple(f"clip {name}" for name in names)
+
+
 def test_promises_can_be_kept_or_broken_by_their_suite() -> None:
     for name in RECIPES:
         accept = load_recipe(name).accept

@@ -53,8 +53,17 @@ class Family(Protocol):
     def sampler(self, source: Source) -> SamplerSpec:
         """The sampler this checkpoint was made for."""
 
-    def latent_shape(self, source: Source) -> tuple[int, int, int, int]:
-        """C T H W of the latents of such a clip."""
+    def latent_shape(
+        self, source: Source, clip: Geometry | None = None
+    ) -> tuple[int, int, int, int]:
+        """C T H W of the latents of a clip; None: of the clip size above."""
+
+    def tokens(self, source: Source, clip: Geometry) -> int:
+        """How many tokens the transformer makes of such a clip.
+
+        Raises:
+            SourceError: it cannot take that size; the nearest sizes that it can take are named.
+        """
 
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation by latent channel: the VAE decodes z * std + mean."""
@@ -70,6 +79,9 @@ class Family(Protocol):
 
     def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
         """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
+
+    def encode(self, source: Source, module: nn.Module, frames_BCTHW: Tensor) -> Tensor:
+        """A sampler's latents, B C T H W, of frames in -1..1: what `decode` would make them of."""
 
     def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
         """The pairs of linears in a block between which features may be mixed."""

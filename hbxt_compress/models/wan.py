@@ -40,7 +40,7 @@ _BLOCK_PREFIX: Final = {
 
 
 class Wan:
-    """WanPipeline folders. The VAE's encoder plays no part in generation and is left out."""
+    """WanPipeline folders. The VAE's encoder serves calibration only and is not exported."""
 
     name = "wan"
     pipelines = frozenset({"WanPipeline"})
@@ -113,16 +113,42 @@ class Wan:
             boundary=source.config("model_index.json").get("boundary_ratio"),
         )
 
-    def latent_shape(self, source: Source) -> tuple[int, int, int, int]:
-        """C T H W of the latents for this source's geometry."""
-        vae, clip = source.config("vae/config.json"), self.geometry(source)
-        space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    def latent_shape(
+        self, source: Source, clip: Geometry | None = None
+    ) -> tuple[int, int, int, int]:
+        """C T H W of the latents for a clip, or for this source's geometry."""
+        clip = clip or self.geometry(source)
+        time, space = _vae_factors(source)
         return (
-            vae["z_dim"],
+            source.config("vae/config.json")["z_dim"],
             (clip.n_frames - 1) // time + 1,
             clip.height // space,
             clip.width // space,
         )
+
+    def tokens(self, source: Source, clip: Geometry) -> int:
+        config = source.config("transformer/config.json")
+        _, rows, columns = config["patch_size"]
+        time, space = _vae_factors(source)
+        most = config.get("rope_max_seq_len", 1024)
+        sides = (
+            ("n_frames", clip.n_frames, time, 1),
+            ("height", clip.height, space * rows, 0),
+            ("width", clip.width, space * columns, 0),
+        )
+        n_tokens, problems = 1, []
+        for name, size, unit, more in sides:
+            n, rest = divmod(size - more, unit)
+            nearest = [str(k * unit + more) for k in (n, n + 1) if k * unit + more > 0]
+            if rest:
+                rule = f"a multiple of {unit}{f' and {more} more' if more else ''}"
+                problems.append(f"{name} {size}: must be {rule}, {' or '.join(nearest)}")
+            elif n + more > most:
+                problems.append(f"{name} {size}: is {n + more} tokens in a row, of at most {most}")
+            n_tokens *= n + more
+        if problems:
+            raise SourceError(f"{source.folder}: cannot take such clips:\n{listing(problems)}")
+        return n_tokens
 
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
         vae = source.config("vae/config.json")
@@ -149,8 +175,19 @@ class Wan:
 
     def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
         """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
-        mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in self.latent_statistics(source))
+        mean, std = self._statistics(source)
         return module.decode(latents_BCTHW * std + mean, return_dict=False)[0]  # type: ignore[operator]
+
+    def encode(self, source: Source, module: nn.Module, frames_BCTHW: Tensor) -> Tensor:
+        """The latents that a loaded VAE's encoder holds likeliest, in the sampler's units."""
+        mean, std = self._statistics(source)
+        likeliest = module.encode(frames_BCTHW).latent_dist.mode()  # type: ignore[operator]
+        return (likeliest - mean.to(likeliest)) / std.to(likeliest)
+
+    def _statistics(self, source: Source) -> tuple[Tensor, Tensor]:
+        """Mean and deviation by latent channel, to be broadcast over B C T H W."""
+        mean, std = (torch.tensor(s).view(1, -1, 1, 1, 1) for s in self.latent_statistics(source))
+        return mean, std
 
     def pairs(self, source: Source, component: str, block: int) -> tuple[Pair, ...]:
         """Value and output projections of attentions, head by head; the halves of plain MLPs."""
@@ -241,6 +278,12 @@ def _require_agreement(module: nn.Module, weights: Weights) -> None:
         raise SourceError(
             f"{weights.folder}: weights and config.json disagree:\n{listing(problems)}"
         )
+
+
+def _vae_factors(source: Source) -> tuple[int, int]:
+    """Frames of a clip to one of latents, and pixels to one along height and width."""
+    vae = source.config("vae/config.json")
+    return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
 
 
 def _generation(source: Source) -> dict[str, Any]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hbxt_compress.render.table import BYTES_HEAD, METRICS_HEAD, byte_rows, metric_rows, notes
+from hbxt_compress.render.table import (
+    BYTES_HEAD,
+    METRICS_HEAD,
+    byte_rows,
+    calibration,
+    metric_rows,
+    notes,
+)
 from hbxt_compress.report import QualityReport
 
 __all__ = ["markdown", "write_markdown"]
@@ -30,7 +37,8 @@ def markdown(report: QualityReport) -> str:
         f"# Quality of `{name}` on suite `{suite}`",
         f"**{_escape(report.conclusion)}**",
         f"{report.n_clips} clips by the compressed model against {report.n_clips} by the "
-        "full-precision model: same prompts, seeds and noise, both through the same runtime.",
+        "full-precision model: same prompts, seeds and noise, both through the same runtime. "
+        f"{_escape(calibration(report))}".rstrip(),
         _table(METRICS_HEAD, metric_rows(report)),
         _table(BYTES_HEAD, byte_rows(report)),
     ]

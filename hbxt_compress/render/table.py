@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from hbxt_compress.report import Measurement, QualityReport
 
@@ -10,6 +11,7 @@ __all__ = [
     "BYTES_HEAD",
     "METRICS_HEAD",
     "byte_rows",
+    "calibration",
     "decibel",
     "interval",
     "metric_rows",
@@ -96,6 +98,14 @@ def byte_rows(report: QualityReport) -> list[tuple[str, ...]]:
         (name, size(before), size(after), f"{before / after:.2f}x" if after else "-")
         for name, (before, after) in sizes.items()
     ]
+
+
+def calibration(report: QualityReport) -> str:
+    """What calibration showed the model, in a sentence; nothing where the manifest has none."""
+    shown = report.recipe.get("calibration")
+    if not isinstance(shown, Mapping):
+        return ""
+    return f"Calibrated on {shown.get('text', '?')} (set {shown.get('name', '?')})."
 
 
 def notes(report: QualityReport) -> list[tuple[str, str]]:

@@ -225,6 +225,7 @@ def _manifest(
             "name": recipe.name,
             "digest": recipe.digest,
             "document": recipe.model_dump(mode="json"),
+            **({} if plan.shown is None else {"calibration": plan.shown.to_json()}),
         },
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.algorithms.smooth_quant import SmoothQuant
+from hbxt_compress.algorithms.solver import SolverRefit
+from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import PlanError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName, LayerSpec, matches
-from hbxt_compress.plan import make_plan
+from hbxt_compress.plan import Shown, make_plan, require_own_trajectories
 from hbxt_compress.recipe import Acceptance, Recipe, Rule
 
 
@@ -124,3 +127,25 @@ def test_preparers_are_given_what_they_ask_for_whatever_rounds_the_layer() -> No
     assert plan.calibrated
     # What was chosen is said elsewhere; a layer's own key stays what it was.
     assert [layer.key() for layer in plan.layers] == [layer.key() for layer in plain.layers]
+
+
+def _shown(*clips: str) -> Shown:
+    size = Geometry(height=32, width=64, n_frames=13, fps=16.0)
+    return Shown(name="real", n=3, n_held_out=1, n_states=2, size=size, n_tokens=32, clips=clips)
+
+
+def test_what_calibration_shows_is_told_in_a_line() -> None:
+    size = "of 64x32, 13 frames at 16 fps: 32 tokens, 2 steps each"
+    assert _shown("a", "b", "c").text == f"3 noised clips (1 held out) {size}"
+    assert _shown().text == f"3 own trajectories (1 held out) {size}"
+    assert _shown("a").to_json()["clips"] == ["a"]
+
+
+def test_a_solver_is_not_fitted_to_noised_clips() -> None:
+    keep = Rule(match="*", weights="int4-g64")
+    tuned = _recipe(keep).model_copy(update={"refine": (Recover(),)})
+    fitted = _recipe(keep).model_copy(update={"refine": (Recover(), SolverRefit())})
+    for recipe, shown in ((tuned, _shown("a")), (fitted, _shown()), (_recipe(keep), _shown("a"))):
+        require_own_trajectories(recipe, shown)
+    with pytest.raises(PlanError, match=r"refine has `use: solver`.*real shows 3 noised clips"):
+        require_own_trajectories(fitted, _shown("a"))

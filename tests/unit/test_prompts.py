@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,12 @@ def test_seeds_are_stable_and_do_not_depend_on_order(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("prompts: [a, a]\n", "more than once: 'a'"),
-        ("prompts: []\n", "either prompts or rows"),
+        ("prompts: []\n", "exactly one of prompts, rows"),
         ("prompts: ['']\n", r"prompts\[0\]"),
-        ("prompts: [a]\nrows: {file: x.txt, sha256: " + "a" * 64 + ", count: 1}\n", "not both"),
+        (
+            "prompts: [a]\nrows: {file: x.txt, sha256: " + "a" * 64 + ", count: 1}\n",
+            "exactly one of",
+        ),
     ],
 )
 def test_prompts_that_make_no_sense_are_refused(tmp_path: Path, text: str, expected: str) -> None:
@@ -107,5 +111,89 @@ def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_without_prompts_cannot_be_built() -> None:
-    with pytest.raises(ValueError, match="either prompts or rows"):
+    with pytest.raises(ValueError, match="exactly one of prompts, rows"):
         PromptSet(name="x", summary="", seed=0, n_steps=1, observe=(0,))
+
+
+_CLIPS = "clips: {folder: clips, height: 32, width: 32, n_frames: 5"
+
+
+def _folder(at: Path, metadata: str | None = None, name: str = "metadata.csv") -> Path:
+    """Files that nobody decodes here: a set looks at names and bytes alone."""
+    folder = at / "clips"
+    folder.mkdir()
+    for file in ("b.mp4", "a.mkv", "c.mp4"):
+        (folder / file).write_bytes(file.encode())
+    if metadata is not None:
+        (folder / name).write_text(metadata)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_clips_of_a_folder_come_with_their_captions(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("b.mp4", "two, of one"), ("a.mkv", "one")]
+    text = "file_name,caption,more\n" + "".join(f'{file},"{what}",1\n' for file, what in rows)
+    if name.endswith("jsonl"):
+        lines = [json.dumps({"file_name": file, "caption": what}) for file, what in rows]
+        text = "\n".join(lines)
+    folder = _folder(tmp_path, text, name)
+    found = load_prompts(_write(tmp_path, _SET + "held_out: 1\n" + _CLIPS + "}\n"))
+    assert found.prompts == ("two, of one", "one")
+    assert found.clips is not None
+    assert found.clips.folder == str(folder)
+    expected = [(file, what, hashlib.sha256(file.encode()).hexdigest()) for file, what in rows]
+    assert [(f.file, f.caption, f.sha256) for f in found.clips.files] == expected
+    assert capfd.readouterr() == ("", "")
+
+
+def test_clips_may_be_listed_with_the_bytes_they_must_have(tmp_path: Path) -> None:
+    _folder(tmp_path)
+    digest = hashlib.sha256(b"c.mp4").hexdigest()
+    files = "files: [{file: c.mp4, caption: x, sha256: %s}, {file: a.mkv, caption: x}]}\n"
+    found = load_prompts(_write(tmp_path, _SET + f"{_CLIPS}, " + files % digest))
+    assert found.prompts == ("x", "x")
+    other = _write(tmp_path, _SET + f"{_CLIPS}, " + files % ("a" * 64))
+    with pytest.raises(RecipeError, match=rf"c\.mp4: its sha256 is {digest}, not aaa"):
+        load_prompts(other)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "more", "expected"),
+    [
+        (None, "}", r"has no metadata\.csv or metadata\.jsonl"),
+        ("file_name,text\nb.mp4,x\n", "}", r"has \['file_name', 'text'\], not caption"),
+        ("file_name,caption\nb.mp4,x\nc.mp4,\n", "}", r"1 without\s+row 1: 'c\.mp4'"),
+        ("file_name,caption\nz.mp4,x\nb.mp4,y\ny.mp4,y\n", "}", r"2 problems:\s+z.mp4: no.*\s+y"),
+        ("file_name,caption\nb.mp4,x\nb.mp4,y\n", "}", r"b\.mp4: the same clip .* more than once"),
+        ("file_name,caption\n../mine.yaml,x\n", "}", r"\.\./mine\.yaml: no such file in"),
+        ("file_name,caption\nb.mp4,x\n", "}\nheld_out: 1", r"held_out 1 leaves none of 1"),
+        ("file_name,caption\nb.mp4,x\n", "}\nstatistics: 2", r"statistics 2: only 1 of 1"),
+        ('"', "}", r"metadata\.csv: not readable as \.csv"),
+        (None, ", files: [{file: q.mp4, caption: x}]}", r"q\.mp4: no such file in"),
+        (None, ", files: [{file: b.mp4}]}", r"clips\.files\[0\]\.caption: missing"),
+        (None, ", frames: 3}", r"clips\.frames: unknown key \(did you mean 'n_frames'"),
+        (None, ", fps: 0.0}", r"clips\.fps"),
+        (None, "}\nprompts: [a]", "exactly one of prompts, rows and clips"),
+    ],
+)
+def test_clips_that_make_no_sense_are_refused(
+    metadata: str | None, more: str, expected: str, tmp_path: Path
+) -> None:
+    _folder(tmp_path, metadata)
+    with pytest.raises(RecipeError, match=expected):
+        load_prompts(_write(tmp_path, _SET + _CLIPS + more + "\n"))
+
+
+def test_a_folder_of_clips_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"clips\.folder: .*clips does not exist"):
+        load_prompts(_write(tmp_path, _SET + _CLIPS + "}\n"))
+
+
+def test_a_set_without_clips_is_filed_as_it_was_before_there_were_any(tmp_path: Path) -> None:
+    found = load_prompts(_write(tmp_path, _SET + "prompts: [a]\n"))
+    assert found.key() == {
+        "kind": "PromptSet", "name": "mine", "summary": "s", "prompts": ["a"], "rows": None,
+        "seed": 1, "n_steps": 4, "observe": [0, 3], "held_out": 0, "statistics": None,
+    }  # fmt: skip
