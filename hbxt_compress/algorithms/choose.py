@@ -35,7 +35,7 @@ __all__ = [
     "Finish",
     "choose_mixing",
     "choose_transform",
-    "estimated_errors",
+    "estimated_losses",
     "output_error",
 ]
 
@@ -100,23 +100,23 @@ def output_error(weight_OI: Tensor, rounded_OI: Tensor, inputs: LayerInputs) -> 
     return lost / kept if kept > 0 else 0.0
 
 
-def estimated_errors(
+def estimated_losses(
     weight_OI: Tensor, inputs: LayerInputs, fmts: Sequence[WeightFormat]
 ) -> list[float]:
-    """By format, the output error on held-out rows that rounding with feedback would leave.
+    """By format, the (W - Q) H (W - Q)^T on held-out rows that rounding with feedback would leave.
 
-    A format's low-rank branch is split off first, weighted by the inputs' variance.
+    The sum over outputs, H as in `output_error`. A format's low-rank branch is split off first,
+    weighted by the inputs' variance.
     """
     price = _Price.of(inputs)
-    kept = _energy(weight_OI, _held_out(inputs))
-    errors = []
+    losses = []
     for fmt in fmts:
         rest_OI = weight_OI.float()
         if fmt.rank:
             low_rank = split_low_rank(weight_OI, channel_power(inputs), fmt.rank)
             rest_OI = (weight_OI.double() - branch(low_rank)).float()
-        errors.append(_estimate(rest_OI, fmt, price, kept))
-    return errors
+        losses.append(_estimate(rest_OI, fmt, price, 1.0))
+    return losses
 
 
 def choose_transform(
