@@ -109,7 +109,7 @@ def _trajectories(recipe: Recipe, source: Source, store: Store, machine: Machine
 def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
     planned = _plan(recipe, source, store, machine)
     rounded, shown, learned = None, {}, {}
-    if planned.calibrated or recipe.refine:
+    if planned.calibrated or planned.refine:
         prompts = load_prompts(recipe.calibration)
         trajectories = _trajectories(recipe, source, store, machine)
         shown = {"trajectories": trajectories, "n_held_out": prompts.held_out}
@@ -123,9 +123,9 @@ def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) ->
             **(shown | learned if planned.calibrated else {}),
             on=machine,
         )
-    if recipe.refine and rounded is not None:
+    if planned.refine and rounded is not None:
         rounded = store.result(
-            refine, source=source, quantized=rounded, how=recipe.refine, **shown, on=machine
+            refine, source=source, quantized=rounded, how=planned.refine, **shown, on=machine
         )
     return store.result(
         export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe

@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hbxt_compress.render.table import BYTES_HEAD, METRICS_HEAD, byte_rows, metric_rows, size
+from hbxt_compress.render.table import (
+    BYTES_HEAD,
+    METRICS_HEAD,
+    byte_rows,
+    left_out,
+    metric_rows,
+    size,
+)
 
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
     from hbxt_compress.artifact import Artifact, Geometry
@@ -102,6 +109,8 @@ def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = 
     out = _out()
     out.print(table)
     out.print(_sizes(found.components(), sum(found.parameters.values())))
+    for one in found.left_out:
+        out.print(escape(f"{one.step}: left out: {one.reason}"), soft_wrap=True)
     return None
 
 
@@ -138,7 +147,8 @@ def report(found: QualityReport, folder: Path | None, json_wanted: bool) -> None
     sizes = _table(*BYTES_HEAD)
     for row in byte_rows(found):
         sizes.add_row(*row, style="bold" if row[0] == "all" else None)
-    notes = [f"{one.metric}: {one.note}" for one in found.measurements if one.note]
+    notes = [f"{step}: {reason}" for step, reason in left_out(found)]
+    notes += [f"{one.metric}: {one.note}" for one in found.measurements if one.note]
     notes += [f"{v.metric}: {v.outcome}: {v.reason}" for v in found.verdicts if v.outcome != "pass"]
     out = _out()
     out.print(table, sizes, *map(escape, notes), escape(found.conclusion), sep="\n")

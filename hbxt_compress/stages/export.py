@@ -214,6 +214,7 @@ def _manifest(
             "name": recipe.name,
             "digest": recipe.digest,
             "document": recipe.model_dump(mode="json"),
+            **({"left_out": plan.to_json()["left_out"]} if plan.left_out else {}),
         },
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.algorithms.smooth_quant import SmoothQuant
+from hbxt_compress.algorithms.solver import SolverRefit
 from hbxt_compress.errors import PlanError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName, LayerSpec, matches
@@ -124,3 +126,32 @@ def test_preparers_are_given_what_they_ask_for_whatever_rounds_the_layer() -> No
     assert plan.calibrated
     # What was chosen is said elsewhere; a layer's own key stays what it was.
     assert [layer.key() for layer in plan.layers] == [layer.key() for layer in plain.layers]
+
+
+def test_what_a_model_is_too_large_for_is_left_out_and_said() -> None:
+    specs = [
+        LayerSpec(name=LayerName(name), kind="linear", shape=(128, 256), dtype="F16", block=block)
+        for name, block in (
+            ("text_encoder/b.0", 0),
+            ("transformer/b.0", 0),
+            ("vae_decoder/c", None),
+        )
+    ]
+    counts = {"text_encoder": 5_681_000_000, "transformer": 4_999_000_000, "vae_decoder": 10**12}
+    refine = (Recover(largest=5.0e9), SolverRefit(), SolverRefit(largest=6.0e9))
+    rule = Rule(match="*", weights="int4-g64")
+    recipe = _recipe(rule).model_copy(update={"refine": refine})
+    plan = make_plan(recipe, specs, counts)
+    assert plan.refine == refine[2:]
+    assert [one.step for one in plan.left_out] == ["refine recover", "refine solver"]
+    assert plan.left_out[0].reason == (
+        "text_encoder has 5.7 B parameters, over its limit of 5.0 B (it holds a whole component in "
+        "float32: 23 GB)"
+    )
+    assert "text_encoder has 5.7 B, transformer has 5.0 B parameters" in plan.left_out[1].reason
+    assert plan.to_json()["left_out"] == [
+        {"step": one.step, "reason": one.reason} for one in plan.left_out
+    ]
+    small = make_plan(recipe, specs, dict.fromkeys(counts, 10**9))
+    assert small.refine == refine
+    assert small.left_out == ()
