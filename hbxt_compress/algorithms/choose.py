@@ -101,21 +101,25 @@ def output_error(weight_OI: Tensor, rounded_OI: Tensor, inputs: LayerInputs) -> 
 
 
 def estimated_losses(
-    weight_OI: Tensor, inputs: LayerInputs, fmts: Sequence[WeightFormat]
-) -> list[float]:
-    """By format, the (W - Q) H (W - Q)^T on held-out rows that rounding with feedback would leave.
+    weights: Sequence[Tensor], inputs: LayerInputs, fmts: Sequence[Sequence[WeightFormat]]
+) -> list[list[float]]:
+    """The (W - Q) H (W - Q)^T on held-out rows that rounding with feedback would leave.
 
-    The sum over outputs, H as in `output_error`. A format's low-rank branch is split off first,
-    weighted by the inputs' variance.
+    weights: O I of layers of one input, and for each the formats in question. The sum over outputs,
+    H as in `output_error`. A format's low-rank branch is split off first, weighted by the inputs'
+    variance.
     """
     price = _Price.of(inputs)
     losses = []
-    for fmt in fmts:
-        rest_OI = weight_OI.float()
-        if fmt.rank:
-            low_rank = split_low_rank(weight_OI, channel_power(inputs), fmt.rank)
-            rest_OI = (weight_OI.double() - branch(low_rank)).float()
-        losses.append(_estimate(rest_OI, fmt, price, 1.0))
+    for weight_OI, own in zip(weights, fmts, strict=True):
+        found = []
+        for fmt in own:
+            rest_OI = weight_OI.float()
+            if fmt.rank:
+                low_rank = split_low_rank(weight_OI, channel_power(inputs), fmt.rank)
+                rest_OI = (weight_OI.double() - branch(low_rank)).float()
+            found.append(_estimate(rest_OI, fmt, price, 1.0))
+        losses.append(found)
     return losses
 
 

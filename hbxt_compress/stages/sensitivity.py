@@ -12,7 +12,7 @@ is the energy that such an error brings to the velocity, to first order, a sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from hbxt_compress.algorithms.choose import estimated_losses
 from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.chain import layer_at
 from hbxt_compress.errors import CalibrationError
-from hbxt_compress.formats import FORMATS
+from hbxt_compress.formats import FORMATS, WeightFormat
 from hbxt_compress.plan import FULL_PRECISION, Choice
 from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.tape import Seen
@@ -80,10 +80,15 @@ def leave(
             if leader[name] == name:
                 width = one.given.shape[-1]
                 gathered.setdefault(name, _Gathered(name, width)).add(one.given, batch)
-    return {
-        name: _left(layer_at(module, name), choices[name], gathered[first])
-        for name, first in leader.items()
-    }
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name, first_of_input in leader.items():
+        takes_bias = layer_at(module, name).bias is not None
+        groups.setdefault((first_of_input, takes_bias), []).append(name)
+    found: dict[str, Sensitivity] = {}
+    for (first_of_input, takes_bias), names in groups.items():
+        layers = {name: (layer_at(module, name), choices[name]) for name in names}
+        found |= _left(layers, gathered[first_of_input].inputs(takes_bias=takes_bias))
+    return found
 
 
 @torch.no_grad()
@@ -147,27 +152,46 @@ class _Gathered:
         ]
 
 
-def _left(layer: nn.Linear, choice: Choice, gathered: _Gathered) -> Sensitivity:
-    weight_OI = layer.weight.data.flatten(1).float()
-    fmts = [FORMATS[name] for name in choice.formats if name not in FULL_PRECISION]
-    n_out, n_in = weight_OI.shape
-    if not any(fmt.rank for fmt in fmts):  # a low rank is one of the whole weight
-        n_rows = min(n_out, max(1, _WEIGHTS // n_in))
-        weight_OI = weight_OI[torch.arange(n_rows) * n_out // n_rows]
-    power_G, even, losses = _even(weight_OI).double().sum(0), 0.0, [0.0] * len(fmts)
-    power_I = power_G.repeat_interleave(n_in // len(power_G))
-    parts = gathered.inputs(takes_bias=layer.bias is not None)
+def _left(
+    layers: Mapping[str, tuple[nn.Linear, Choice]], parts: Sequence[tuple[slice, LayerInputs]]
+) -> dict[str, Sensitivity]:
+    """Of layers of one input, of whose columns the parts tell."""
+    fmts = [
+        [FORMATS[name] for name in choice.formats if name not in FULL_PRECISION]
+        for _, choice in layers.values()
+    ]
+    weights = [
+        _some_rows(layer.weight.data.flatten(1).float(), own)
+        for (layer, _), own in zip(layers.values(), fmts, strict=True)
+    ]
+    powers = [_even(weight_OI).double().sum(0) for weight_OI in weights]
+    even = [0.0] * len(weights)
+    losses = [[0.0] * len(own) for own in fmts]
     for columns, inputs in parts:
         assert inputs.held_out is not None
         variance_I = inputs.held_out.hessian(centred=inputs.takes_bias).diagonal()
-        even += float(power_I[columns] @ variance_I)
-        found = estimated_losses(weight_OI[:, columns], inputs, fmts)
-        losses = [sum(pair) for pair in zip(losses, found, strict=True)]
-    left = {name: 0.0 for name in choice.formats if name in FULL_PRECISION}
-    for fmt, loss in zip(fmts, losses, strict=True):
-        left[fmt.name] = loss / even if even > 0 else 0.0
+        found = estimated_losses([one[:, columns] for one in weights], inputs, fmts)
+        for k, (weight_OI, power_G) in enumerate(zip(weights, powers, strict=True)):
+            power_I = power_G.repeat_interleave(weight_OI.shape[1] // len(power_G))
+            even[k] += float(power_I[columns] @ variance_I)
+            losses[k] = [sum(pair) for pair in zip(losses[k], found[k], strict=True)]
     mean_I = torch.cat([inputs.fit.mean_y_I for _, inputs in parts]).float()
-    return Sensitivity(left=left, mean_I=None if layer.bias is None else mean_I)
+    told: dict[str, Sensitivity] = {}
+    for k, (name, (layer, choice)) in enumerate(layers.items()):
+        left = {full: 0.0 for full in choice.formats if full in FULL_PRECISION}
+        for fmt, loss in zip(fmts[k], losses[k], strict=True):
+            left[fmt.name] = loss / even[k] if even[k] > 0 else 0.0
+        told[name] = Sensitivity(left=left, mean_I=None if layer.bias is None else mean_I)
+    return told
+
+
+def _some_rows(weight_OI: Tensor, fmts: Sequence[WeightFormat]) -> Tensor:
+    """Evenly spaced rows, enough for an estimate; all where a low rank of the whole is needed."""
+    n_out, n_in = weight_OI.shape
+    if any(fmt.rank for fmt in fmts):
+        return weight_OI
+    n_rows = min(n_out, max(1, _WEIGHTS // n_in))
+    return weight_OI[torch.arange(n_rows) * n_out // n_rows]
 
 
 def _even(weight_OI: Tensor) -> Tensor:
