@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hbxt_compress.algorithms.scales import search_scales
@@ -56,7 +59,8 @@ def probe(
 ) -> None:
     """Writes damages.json: layer -> format -> lost share of the velocity's energy, 0..inf.
 
-    Until that is done, hidden states of all blocks lie beside it.
+    Until that is done, hidden states of all blocks lie beside it, and how far it is: a killed run
+    goes on with the next block.
 
     Raises:
         CalibrationError: too few prompts, or layers whose inputs cannot be observed.
@@ -146,16 +150,24 @@ class _Tour:
         batches = [batch.to(self._device) for batch in batches]
         tape = Tape(chain, batches, self._folder / component)
         for piece in tape.there:
-            own = self._own(component, piece)
+            own, path = self._own(component, piece), self._folder / f"{component}.{piece}.json"
             self._tell(component, piece)
+            if piece != LOOSE and path.exists():
+                tape.skip(piece)
+                known = json.loads(path.read_text())
+                self._known |= {own[k].spec.name: Sensitivity.from_json(known[k]) for k in known}
+                continue
             with tape.at(piece):
                 found = leave(chain.module, own, tape.forward(piece, list(own)))
             self._known |= {own[module].spec.name: one for module, one in found.items()}
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps({name: one.to_json() for name, one in found.items()}))
+            os.replace(unfinished, path)
         return tape
 
     def back(self, component: str, tape: Tape, energy: float) -> None:
         """Follows a tape back to its start. energy: of all that it gives, by batches' weights."""
-        errors = []
+        errors, passed = [], self._passed(component, tape)
         for piece in tape.back:
             own = self._own(component, piece)
             known = {
@@ -164,8 +176,11 @@ class _Tour:
                 if choice.spec.name in self._known
             }
             self._tell(component, piece)
-            with tape.at(piece):
-                arrive(tape.chain.module, known, tape.backward(piece, list(known)))
+            if piece not in passed:
+                with tape.at(piece):
+                    arrive(tape.chain.module, known, tape.backward(piece, list(known)))
+                if piece != LOOSE:
+                    self._remember(component, tape, piece)
             for module, one in known.items():
                 self.damages[own[module].spec.name] = one.damages(energy)
                 errors.append(one.relative_error)
@@ -174,6 +189,32 @@ class _Tour:
                 "probe: %s: damages of %d layers, standard error %.0f %% in the median, %.0f %% at "
                 "most", component, len(errors), 100 * median(errors), 100 * max(errors),
             )  # fmt: skip
+
+    def _remember(self, component: str, tape: Tape, piece: str) -> None:
+        """Writes down how far back a tape is, for a run that goes on from there."""
+        arrived = {
+            f"arrived {name}": torch.tensor(one.arrived, dtype=torch.float64)
+            for name, one in self._known.items()
+            if name.startswith(f"{component}/")
+        }
+        state = {key: one.cpu().contiguous() for key, one in (tape.state() | arrived).items()}
+        path = self._folder / f"{component}.back"
+        save_file(state, path.with_suffix(".tmp"), metadata={"piece": piece})
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def _passed(self, component: str, tape: Tape) -> list[str]:
+        """The pieces that an earlier run was back from; tape and arrivals are as it left them."""
+        path = self._folder / f"{component}.back"
+        if not path.exists():
+            return []
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            piece = file.metadata()["piece"]
+        for name, one in self._known.items():
+            if name.startswith(f"{component}/"):
+                one.arrived.extend(state.pop(f"arrived {name}").tolist())
+        tape.restore(state)
+        return tape.back[: tape.back.index(piece) + 1]
 
     def _own(self, component: str, piece: str) -> dict[str, Choice]:
         """The choices that a piece may call, by module."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,16 @@ class Sensitivity:
     left: Mapping[str, float]
     mean_I: Tensor | None
     arrived: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """What is known after the way there, as JSON values that lose no digit."""
+        return {"left": self.left, "mean_I": None if self.mean_I is None else self.mean_I.tolist()}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """What `to_json` wrote, on its way back."""
+        mean = document["mean_I"]
+        return cls(left=document["left"], mean_I=None if mean is None else torch.tensor(mean))
 
     def damages(self, energy: float) -> dict[str, float]:
         """By format, the lost share of the velocity's energy."""

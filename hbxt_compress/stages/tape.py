@@ -7,6 +7,7 @@ respect to everything inside cost two passes over the weights, whatever their si
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -90,10 +91,7 @@ class Tape:
         self, piece: str, modules: Sequence[str]
     ) -> Iterator[tuple[Batch, Mapping[str, Seen]]]:
         """Every batch, and what those of the modules that the piece calls are given there."""
-        if not self._carries:
-            self._carries = [self.chain.head(*inputs) for inputs in self._inputs]
-        states = {str(i): carry.hidden.cpu() for i, carry in enumerate(self._carries)}
-        save_file({i: state.contiguous() for i, state in states.items()}, self._path(piece))
+        self._begin()
         for i, batch in enumerate(self.batches):
             carry = self._carries[i]
             with self._watched(modules) as calls:
@@ -102,6 +100,14 @@ class Tape:
                 else:
                     self._carries[i] = self.chain.block(int(piece), carry)
             yield batch, {name: Seen(given=given) for name, (given, _) in calls.items()}
+        if piece != LOOSE:
+            self._write_down(self._next(piece))
+
+    def skip(self, piece: str) -> None:
+        """Instead of `forward` for a block that an earlier run has passed."""
+        self._begin()
+        for i, carry in enumerate(self._carries):
+            self._carries[i] = replace(carry, hidden=self._hidden(self._next(piece), i))
 
     def start(self, cotangents: Sequence[Sequence[Tensor]]) -> None:
         """Begins the way back: for each batch one or more tensors of its output's shape."""
@@ -121,6 +127,28 @@ class Tape:
         for i, batch in enumerate(self.batches):
             for seen in run(piece, modules, i):
                 yield batch, seen
+
+    def state(self) -> dict[str, Tensor]:
+        """What the rest of the way back depends on, between two blocks; for `restore`."""
+        found: dict[str, Tensor] = {}
+        for i, some in enumerate(self._backs):
+            for j, back in enumerate(some):
+                assert back.hidden is not None
+                found[f"{i}.{j}"] = back.hidden
+                found |= {f"{i}.{j}.{name}": one for name, one in back.shared.items()}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on, once started, where `state` was taken."""
+        for i, some in enumerate(self._backs):
+            for j, back in enumerate(some):
+                at, device = f"{i}.{j}.", back.output.device
+                back.hidden = state[f"{i}.{j}"].to(device)
+                back.shared = {
+                    key.removeprefix(at): one.to(device)
+                    for key, one in state.items()
+                    if key.startswith(at)
+                }
 
     def input_gradients(self, index: int) -> list[list[Tensor]]:
         """By batch and cotangent, the gradient with respect to one of the model's inputs."""
@@ -180,6 +208,22 @@ class Tape:
                 layer = self.chain.module.get_submodule(name)
                 stack.callback(layer.register_forward_hook(noting(name)).remove)
             yield calls
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        if not self._carries:
+            self._carries = [self.chain.head(*inputs) for inputs in self._inputs]
+            self._write_down(self.there[0])
+
+    def _next(self, piece: str) -> str:
+        return self.there[self.there.index(piece) + 1]
+
+    def _write_down(self, piece: str) -> None:
+        """What the piece is about to be given."""
+        hidden = {str(i): one.hidden.cpu().contiguous() for i, one in enumerate(self._carries)}
+        unfinished = self._path(piece).with_suffix(".tmp")
+        save_file(hidden, unfinished)
+        os.replace(unfinished, self._path(piece))
 
     def _path(self, piece: str) -> Path:
         return self._folder / f"{piece}.safetensors"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from hbxt_compress.stages import probe as probing
 from hbxt_compress.stages import sensitivity
 from hbxt_compress.stages.batches import text_batches, transformer_batches
 from hbxt_compress.stages.probe import probe, read_damages
+from hbxt_compress.stages.tape import Tape
 from hbxt_compress.stages.walk import walk
 from hbxt_compress.store import Entry, Work
 from hbxt_compress.trajectories import load_trajectories
@@ -162,6 +165,35 @@ def test_a_finished_probe_is_read_and_not_repeated(
 ) -> None:
     monkeypatch.setattr(probing, "_damages", None)
     probe(Work(probed), source, _choices(source), seen, Machine())
+
+
+def test_a_killed_probe_goes_on_and_ends_with_the_same_bytes(
+    source: Source, seen: Entry, probed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at every fifth piece: of those, up to three are outside of blocks and run again."""
+    left = [0]
+    passed: list[str] = []
+
+    @contextmanager
+    def at(tape: Tape, piece: str) -> Iterator[None]:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        with entered(tape, piece):
+            yield
+        passed.append(piece)
+
+    entered = Tape.at
+    monkeypatch.setattr(Tape, "at", at)
+    n_runs = 0
+    while not (tmp_path / "damages.json").exists():
+        left[0], n_runs = 5, n_runs + 1
+        with suppress(KeyboardInterrupt):
+            probe(Work(tmp_path), source, _choices(source), seen, Machine())
+    assert n_runs > 2
+    assert len([piece for piece in passed if piece != "loose"]) == 8  # two models, there and back
+    assert (tmp_path / "damages.json").read_bytes() == (probed / "damages.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["damages.json"]
 
 
 def test_nothing_but_the_result_is_left_behind(probed: Path) -> None:
