@@ -51,7 +51,7 @@ _TEXT = 2  # which input of a transformer the text is
 _ENCODER, _DECODER = "text_encoder", "vae_decoder"
 _N_DECODED, _FRAMES_DECODED = 2, 2  # prompts, latent frames: a decoder is slow, and linear enough
 _SIDE_DECODED = 32  # latents, from the upper left corner
-_RESULT, _HIDDEN = "damages.json", "hidden"
+_RESULT, _UNFINISHED = "damages.json", "unfinished"
 
 
 def probe(
@@ -67,12 +67,12 @@ def probe(
     """
 
     def make(path: Path) -> None:
-        folder = work.folder / _HIDDEN
         damages = _damages(source, choices, trajectories, torch.device(on.device), folder)
         path.write_text(json.dumps(damages, indent=1, sort_keys=True))
-        shutil.rmtree(folder)
 
+    folder = work.folder / _UNFINISHED
     work.piece(_RESULT, make)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_damages(folder: Path) -> Mapping[LayerName, Mapping[str, float]]:
@@ -150,7 +150,10 @@ class _Tour:
         batches = [batch.to(self._device) for batch in batches]
         tape = Tape(chain, batches, self._folder / component)
         for piece in tape.there:
-            own, path = self._own(component, piece), self._folder / f"{component}.{piece}.json"
+            own, path = (
+                self._own(component, piece),
+                self._folder / f"{component}.{piece}.left.checkpoint",
+            )
             self._tell(component, piece)
             if piece != LOOSE and path.exists():
                 tape.skip(piece)
@@ -198,13 +201,13 @@ class _Tour:
             if name.startswith(f"{component}/")
         }
         state = {key: one.cpu().contiguous() for key, one in (tape.state() | arrived).items()}
-        path = self._folder / f"{component}.back"
+        path = self._folder / f"{component}.back.checkpoint"
         save_file(state, path.with_suffix(".tmp"), metadata={"piece": piece})
         os.replace(path.with_suffix(".tmp"), path)
 
     def _passed(self, component: str, tape: Tape) -> list[str]:
         """The pieces that an earlier run was back from; tape and arrivals are as it left them."""
-        path = self._folder / f"{component}.back"
+        path = self._folder / f"{component}.back.checkpoint"
         if not path.exists():
             return []
         with safe_open(path, framework="pt") as file:

@@ -55,17 +55,17 @@ class _Back:
 class Tape:
     """A chain on some batches: `forward` piece by piece, `start`, then `backward` piece by piece.
 
-    Each piece `with at(piece)`, and to the iterator's end. folder: where hidden states lie in the
-    meantime, in float32.
+    Each piece `with at(piece)`, and to the iterator's end. place: how the files begin in
+    which hidden states lie in the meantime, in float32.
     """
 
-    def __init__(self, chain: Chain, batches: Sequence[Batch], folder: Path) -> None:
-        self.chain, self.batches, self._folder = chain, batches, folder
+    def __init__(self, chain: Chain, batches: Sequence[Batch], place: Path) -> None:
+        self.chain, self.batches, self._place = chain, batches, place
         self._inputs = [tuple(one.detach() for one in batch.full) for batch in batches]
         self._carries: list[Carry] = []
         self._backs: list[list[_Back]] = []
         self.outputs: list[Tensor] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
 
     @property
     def there(self) -> list[str]:
@@ -226,7 +226,7 @@ class Tape:
         os.replace(unfinished, self._path(piece))
 
     def _path(self, piece: str) -> Path:
-        return self._folder / f"{piece}.safetensors"
+        return self._place.with_name(f"{self._place.name}.{piece}.hidden.checkpoint")
 
     def _hidden(self, piece: str, i: int) -> Tensor:
         """What a piece (its last part) was given on the way there."""
