@@ -55,8 +55,8 @@ class _Back:
 class Tape:
     """A chain on some batches: `forward` piece by piece, `start`, then `backward` piece by piece.
 
-    Each piece `with at(piece)`, and to the iterator's end. place: how the files begin in
-    which hidden states lie in the meantime, in float32.
+    Each piece `with at(piece)`, and to the iterator's end. Hidden states lie in files in the
+    meantime, in float32; place: what the files' names begin with.
     """
 
     def __init__(self, chain: Chain, batches: Sequence[Batch], place: Path) -> None:
