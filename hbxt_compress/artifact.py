@@ -88,9 +88,9 @@ class LayerFate:
 class Manifest:
     """Everything the runtime and a reader may rely on.
 
-    recipe: name, digest, the resolved document and, where one was needed, `calibration`: what it
-    showed the model, its own trajectories or noised clips, and the clips' sha256. source: model
-    reference, family, sha256 by file.
+    recipe: name, digest, the resolved document; where one was needed `calibration`: what it showed
+    the model, its own trajectories or noised clips, and the clips' sha256; if any were, the steps
+    left_out with reasons. source: model reference, family, sha256 by file.
     components: component -> bytes of its weights at full precision (16 bit) and in this artifact.
     text_length: tokens a prompt is padded to. latent: shape C T H W of the latents, and per channel
     mean and std that turn them into what the VAE decodes (z * std + mean). lineage: the stages that

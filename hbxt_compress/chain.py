@@ -129,12 +129,22 @@ class Chain:
     @torch.no_grad()
     def tail(self, carry: Carry, *inputs: Tensor) -> Tensor:
         """The module's output, given what the last block returned."""
+        return self.around(carry.hidden, *inputs)[1]
+
+    def around(self, hidden: Tensor, *inputs: Tensor) -> tuple[Carry, Tensor]:
+        """What the first block is given, and the output if the last one returned `hidden`.
+
+        Runs all but the blocks, and leaves it to the caller whether gradients are wanted.
+        """
+        given = _Given(hidden)
         listed = self.module.get_submodule(self._path)
-        self.module.set_submodule(self._path, nn.ModuleList([_Given(carry.hidden)]))
+        self.module.set_submodule(self._path, nn.ModuleList([given]))
         try:
-            return self.call(self.module, *inputs)
+            output = self.call(self.module, *inputs)
         finally:
             self.module.set_submodule(self._path, listed)
+        (carry,) = given.seen
+        return carry, output
 
 
 class _Reached(Exception):
@@ -149,8 +159,10 @@ class _Given(nn.Module):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
+        self.seen: list[Carry] = []
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        self.seen.append(Carry(hidden=hidden, args=args, kwargs=kwargs))
         return self.hidden
 
 

@@ -12,7 +12,14 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
-from hbxt_compress.plan import Plan, Shown, make_plan, open_choices, require_own_trajectories
+from hbxt_compress.plan import (
+    Plan,
+    Shown,
+    make_plan,
+    open_choices,
+    refiners_for,
+    require_own_trajectories,
+)
 from hbxt_compress.prompts import PromptSet, load_prompts
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.report import QualityReport
@@ -93,7 +100,7 @@ def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Pla
     layers, parameters = family.layers(source), family.parameters(source)
     if recipe.budget is None:
         planned = make_plan(recipe, layers, parameters)
-        if not (planned.calibrated or recipe.refine):
+        if not (planned.calibrated or planned.refine):
             return planned
         return replace(planned, shown=_shown(recipe, source, load_prompts(recipe.calibration)))
     prompts = load_prompts(recipe.calibration)
@@ -124,7 +131,8 @@ def _shown(recipe: Recipe, source: Source, prompts: PromptSet) -> Shown:
         n_tokens=family.tokens(source, size),
         clips=() if clips is None else tuple(file.sha256 or "" for file in clips.files),
     )
-    require_own_trajectories(recipe, shown)
+    refine, _ = refiners_for(recipe, family.layers(source), family.parameters(source))
+    require_own_trajectories(recipe, shown, refine)
     return shown
 
 
@@ -137,7 +145,7 @@ def _states(prompts: PromptSet, source: Source, store: Store, machine: Machine) 
 def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
     planned = _plan(recipe, source, store, machine)
     rounded, shown, learned = None, {}, {}
-    if planned.calibrated or recipe.refine:
+    if planned.calibrated or planned.refine:
         prompts = load_prompts(recipe.calibration)
         trajectories = _states(prompts, source, store, machine)
         shown = {"trajectories": trajectories, "n_held_out": prompts.held_out}
@@ -151,9 +159,9 @@ def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) ->
             **(shown | learned if planned.calibrated else {}),
             on=machine,
         )
-    if recipe.refine and rounded is not None:
+    if planned.refine and rounded is not None:
         rounded = store.result(
-            refine, source=source, quantized=rounded, how=recipe.refine, **shown, on=machine
+            refine, source=source, quantized=rounded, how=planned.refine, **shown, on=machine
         )
     return store.result(
         export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from hbxt_compress.algorithms import SAMPLER_REFINERS, AnyRounder
+from hbxt_compress.algorithms import REFINERS, SAMPLER_REFINERS, AnyRefiner, AnyRounder
 from hbxt_compress.allocation import Option, allocate
 from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import PlanError, listing
@@ -22,10 +22,12 @@ __all__ = [
     "KEEP",
     "Choice",
     "LayerPlan",
+    "LeftOut",
     "Plan",
     "Shown",
     "make_plan",
     "open_choices",
+    "refiners_for",
     "require_own_trajectories",
 ]
 
@@ -33,6 +35,7 @@ KEEP = "fp16"
 FULL_PRECISION = frozenset({"fp16", "fp32"})
 _BYTES_BEFORE = 2  # the published checkpoints are 16 bit
 _BYTES_OTHER = 4  # biases, norms and modulation tables stay float32
+_BYTES_HELD = 4  # float32, while a component is tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,18 +132,29 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A step of the recipe, as `refine recover`, that is not taken with this model, and why."""
+
+    step: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Every weight's fate.
+    """Every weight's fate, and what follows.
 
     parameters: all parameters by component, so that what no rule can select (biases, norms) is
     counted too. precision: bits of every layer that is not quantized. shown: what calibration
-    shows the model, None if nothing needs it.
+    shows the model, None if nothing needs it. refine: the recipe's refiners but for those in
+    left_out.
     """
 
     layers: tuple[LayerPlan, ...]
     parameters: Mapping[str, int]
     precision: Literal[16, 32]
     shown: Shown | None = None
+    refine: tuple[AnyRefiner, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -165,6 +179,7 @@ class Plan:
         return {
             "components": self.components(),
             "calibration": None if self.shown is None else self.shown.to_json(),
+            "left_out": [{"step": one.step, "reason": one.reason} for one in self.left_out],
             "layers": [
                 {
                     "name": layer.spec.name,
@@ -182,10 +197,13 @@ class Plan:
         }
 
 
-def require_own_trajectories(recipe: Recipe, shown: Shown) -> None:
-    """Raises PlanError if a refiner needs states that the sampler went through, and has clips."""
+def require_own_trajectories(recipe: Recipe, shown: Shown, refine: Sequence[AnyRefiner]) -> None:
+    """Raises PlanError if a refiner needs states that the sampler went through, and has clips.
+
+    refine: those of the recipe's refiners that are not left out.
+    """
     fitted = [name for name, kind in SAMPLER_REFINERS.items()
-              if any(isinstance(one, kind) for one in recipe.refine)]  # fmt: skip
+              if any(isinstance(one, kind) for one in refine)]  # fmt: skip
     if shown.clips and fitted:
         names = ", ".join(f"`use: {name}`" for name in fitted)
         raise PlanError(
@@ -203,6 +221,34 @@ def open_choices(recipe: Recipe, specs: Sequence[LayerSpec]) -> tuple[Choice, ..
     """
     fates = _fates(recipe, specs)
     return tuple(Choice(spec=s, formats=names) for s, _, names in fates if len(names) > 1)
+
+
+def refiners_for(
+    recipe: Recipe, specs: Sequence[LayerSpec], parameters: Mapping[str, int]
+) -> tuple[tuple[AnyRefiner, ...], tuple[LeftOut, ...]]:
+    """The refiners of a recipe that a model is small enough for, and the others.
+
+    Components without blocks are not tuned, and may be of any size.
+    """
+    names = {kind: name for name, kind in {**REFINERS, **SAMPLER_REFINERS}.items()}
+    held = dict.fromkeys(spec.component for spec in specs if spec.block is not None)
+    taken, left_out = [], []
+    for one in recipe.refine:
+        over = {name: n for name in held if (n := parameters[name]) > one.largest}
+        if not over:
+            taken.append(one)
+            continue
+        sizes = ", ".join(f"{name} has {_count(n)}" for name, n in over.items())
+        reason = (
+            f"{sizes} parameters, over its limit of {_count(one.largest)} (it holds a whole "
+            f"component in float32: {_BYTES_HELD * max(over.values()) / 1e9:.2g} GB)"
+        )
+        left_out.append(LeftOut(step=f"refine {names[type(one)]}", reason=reason))
+    return tuple(taken), tuple(left_out)
+
+
+def _count(n: float) -> str:
+    return f"{n / 1e9:.1f} B" if n >= 0.95e8 else f"{n / 1e6:.2g} M"
 
 
 def make_plan(
@@ -243,7 +289,14 @@ def make_plan(
             )
         )
     all_32 = all(layer.weights == "fp32" for layer in layers)
-    return Plan(layers=tuple(layers), parameters=parameters, precision=32 if all_32 else 16)
+    refine, left_out = refiners_for(recipe, specs, parameters)
+    return Plan(
+        layers=tuple(layers),
+        parameters=parameters,
+        precision=32 if all_32 else 16,
+        refine=refine,
+        left_out=left_out,
+    )
 
 
 def _fates(

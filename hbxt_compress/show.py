@@ -18,6 +18,7 @@ from hbxt_compress.render.table import (
     METRICS_HEAD,
     byte_rows,
     calibration,
+    left_out,
     metric_rows,
     size,
 )
@@ -111,6 +112,8 @@ def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = 
     out.print(_sizes(found.components(), sum(found.parameters.values())))
     told = "none is needed" if found.shown is None else f"{found.shown.name}, {found.shown.text}"
     out.print(escape(f"calibration: {told}"), soft_wrap=True)
+    for one in found.left_out:
+        out.print(escape(f"{one.step}: left out: {one.reason}"), soft_wrap=True)
     return None
 
 
@@ -148,6 +151,7 @@ def report(found: QualityReport, folder: Path | None, json_wanted: bool) -> None
     for row in byte_rows(found):
         sizes.add_row(*row, style="bold" if row[0] == "all" else None)
     notes = [calibration(found)] if calibration(found) else []
+    notes += [f"{step}: {reason}" for step, reason in left_out(found)]
     notes += [f"{one.metric}: {one.note}" for one in found.measurements if one.note]
     notes += [f"{v.metric}: {v.outcome}: {v.reason}" for v in found.verdicts if v.outcome != "pass"]
     out = _out()

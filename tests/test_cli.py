@@ -135,6 +135,19 @@ def test_plan_tells_every_fate_and_the_sizes(hbxt: Run, micro_wan: Path) -> None
     assert all(layer["reason"] for layer in planned["layers"])
 
 
+def test_plan_says_what_a_model_is_too_large_for(
+    hbxt: Run, micro_wan: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    text = library.find("recipes", "w4a16-fast").read_text()
+    recipe.write_text(f"{text}\nrefine: [{{use: solver, largest: 1.0e+5}}]\n")
+    assert hbxt("plan", recipe, "--model", micro_wan) == 0
+    assert "refine solver: left out: text_encoder has 0." in hbxt.out
+    assert hbxt("plan", recipe, "--model", micro_wan, "--json") == 0
+    (left_out,) = json.loads(hbxt.out)["left_out"]
+    assert "over its limit of 0.1 M" in left_out["reason"]
+
+
 def test_plan_of_a_budget_says_what_each_layer_would_cost(
     hbxt: Run, micro_wan: Path, tmp_path: Path
 ) -> None:

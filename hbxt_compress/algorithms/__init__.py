@@ -55,10 +55,16 @@ class InputPreparer(Protocol):
 
 
 class PairPreparer(Protocol):
-    """Proposes how the features between two layers could be mixed, for free."""
+    """Proposes how the features between two layers could be mixed, for free.
+
+    A field `widest` is the number of features above which it is not asked.
+    """
 
     VERSION: ClassVar[int]  # bump when results change
     JOINTS: ClassVar[frozenset[str]]  # of "heads", "hidden": between what it may mix
+
+    @property
+    def widest(self) -> int: ...
 
     @property
     def need(self) -> Need | None: ...

@@ -35,7 +35,7 @@ __all__ = [
     "Finish",
     "choose_mixing",
     "choose_transform",
-    "estimated_errors",
+    "estimated_losses",
     "output_error",
 ]
 
@@ -100,23 +100,27 @@ def output_error(weight_OI: Tensor, rounded_OI: Tensor, inputs: LayerInputs) -> 
     return lost / kept if kept > 0 else 0.0
 
 
-def estimated_errors(
-    weight_OI: Tensor, inputs: LayerInputs, fmts: Sequence[WeightFormat]
-) -> list[float]:
-    """By format, the output error on held-out rows that rounding with feedback would leave.
+def estimated_losses(
+    weights: Sequence[Tensor], inputs: LayerInputs, fmts: Sequence[Sequence[WeightFormat]]
+) -> list[list[float]]:
+    """The (W - Q) H (W - Q)^T on held-out rows that rounding with feedback would leave.
 
-    A format's low-rank branch is split off first, weighted by the inputs' variance.
+    weights: O I of layers of one input, and for each the formats in question. The sum over outputs,
+    H as in `output_error`. A format's low-rank branch is split off first, weighted by the inputs'
+    variance.
     """
     price = _Price.of(inputs)
-    kept = _energy(weight_OI, _held_out(inputs))
-    errors = []
-    for fmt in fmts:
-        rest_OI = weight_OI.float()
-        if fmt.rank:
-            low_rank = split_low_rank(weight_OI, channel_power(inputs), fmt.rank)
-            rest_OI = (weight_OI.double() - branch(low_rank)).float()
-        errors.append(_estimate(rest_OI, fmt, price, kept))
-    return errors
+    losses = []
+    for weight_OI, own in zip(weights, fmts, strict=True):
+        found = []
+        for fmt in own:
+            rest_OI = weight_OI.float()
+            if fmt.rank:
+                low_rank = split_low_rank(weight_OI, channel_power(inputs), fmt.rank)
+                rest_OI = (weight_OI.double() - branch(low_rank)).float()
+            found.append(_estimate(rest_OI, fmt, price, 1.0))
+        losses.append(found)
+    return losses
 
 
 def choose_transform(

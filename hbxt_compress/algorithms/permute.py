@@ -30,6 +30,8 @@ class Permute(Settings):
 
     powers: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.5, 1.0)
     """Exponents of the input's size that are tried; 0 sorts by the weight alone."""
+    widest: Annotated[int, Field(ge=1)] = 8192
+    """features between two layers up to which it is tried: judging takes their covariance"""
 
     @property
     def need(self) -> Need | None:

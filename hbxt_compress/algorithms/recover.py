@@ -54,6 +54,8 @@ class Recover(Settings):
     guided: Annotated[float, Field(ge=0, le=1)] = 0.2
     """share of the guided velocity's relative error in what falls; the rest is both branches'"""
     seed: int = 0
+    largest: Annotated[float, Field(gt=0)] = 1.0e9
+    """parameters of the largest component that it may hold, in float32; else it is left out"""
 
     def tune(
         self,

@@ -36,6 +36,8 @@ class Rotate(Settings):
     """Rotations that are tried."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the covariance before its pivots are levelled, in units of its mean diagonal."""
+    widest: Annotated[int, Field(ge=1)] = 8192
+    """features between two layers up to which it is tried: judging takes their covariance"""
 
     @property
     def need(self) -> Need | None:

@@ -79,6 +79,8 @@ class SolverRefit(Settings):
 
     ridge: Annotated[float, Field(ge=0)] = 1e-4
     """pull towards no correction, relative to the energies of velocity and latents"""
+    largest: Annotated[float, Field(gt=0)] = 1.0e9
+    """parameters of the largest component that it may hold, in float32; else it is left out"""
 
     def tune(
         self,

@@ -14,6 +14,7 @@ __all__ = [
     "calibration",
     "decibel",
     "interval",
+    "left_out",
     "metric_rows",
     "notes",
     "number",
@@ -109,9 +110,19 @@ def calibration(report: QualityReport) -> str:
 
 
 def notes(report: QualityReport) -> list[tuple[str, str]]:
-    """(metrics, note) for every note of the measurements; metrics that share one stand together."""
+    """(metrics, note) for every note of the measurements; metrics that share one stand together.
+
+    First what the recipe asks for and this model did not get.
+    """
     found: dict[str, list[str]] = {}
     for one in report.measurements:
         if one.note:
             found.setdefault(one.note, []).append(one.metric.split("[")[0])
-    return [(", ".join(names), note) for note, names in found.items()]
+    return [*left_out(report), *((", ".join(names), note) for note, names in found.items())]
+
+
+def left_out(report: QualityReport) -> list[tuple[str, str]]:
+    """(step, why not) for each step of the recipe that was not taken, as the manifest has them."""
+    steps = report.recipe.get("left_out", [])
+    assert isinstance(steps, list)
+    return [(one["step"], f"left out: {one['reason']}") for one in steps]

@@ -226,6 +226,7 @@ def _manifest(
             "digest": recipe.digest,
             "document": recipe.model_dump(mode="json"),
             **({} if plan.shown is None else {"calibration": plan.shown.to_json()}),
+            **({"left_out": plan.to_json()["left_out"]} if plan.left_out else {}),
         },
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,

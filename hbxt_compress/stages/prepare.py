@@ -52,21 +52,33 @@ def mix(
     preparers: Sequence[AnyPreparer],
     kept: Kept,
 ) -> dict[str, str]:
-    """Mixes the features of a piece's pairs in both models; module -> what was chosen for it."""
-    makers: list[Any] = [p for p in preparers if isinstance(p, tuple(PAIR_PREPARERS.values()))]
+    """Mixes the features of a piece's pairs in both models.
+
+    Module -> what was chosen for it, or why nothing was even tried.
+    """
+    asked: list[Any] = [p for p in preparers if isinstance(p, tuple(PAIR_PREPARERS.values()))]
     chosen: dict[str, str] = {}
     sides = station.sides
-    joined = [pair for pair in pairs if pair.first in planned and pair.second in planned]
-    if not makers or not joined:
+    joined: list[tuple[Pair, list[Any]]] = []
+    for pair in pairs:
+        makers = [maker for maker in asked if pair.joint in maker.JOINTS]
+        if not makers or pair.first not in planned or pair.second not in planned:
+            continue
+        width = layer_at(sides.full.module, pair.second).weight.shape[1]
+        able = [maker for maker in makers if width <= maker.widest]
+        if able:
+            joined.append((pair, able))
+        if len(able) < len(makers):
+            chosen[pair.first] = chosen[pair.second] = _too_wide(width, makers)
+    if not joined:
         return chosen
-    ends = [end for pair in joined for end in (pair.first, pair.second)]
+    ends = [end for pair, _ in joined for end in (pair.first, pair.second)]
     inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance", thin=_THIN)
-    for pair in joined:
+    for pair, makers in joined:
         first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
         candidates = [
             candidate
             for maker in makers
-            if pair.joint in maker.JOINTS
             for candidate in maker.candidates(
                 first.weight.data, second.weight.data, inputs[pair.second], pair.n_heads
             )
@@ -81,7 +93,8 @@ def mix(
         )
         if name.startswith(IDENTITY):
             continue
-        chosen[pair.first] = chosen[pair.second] = name
+        untried = [chosen[pair.first]] if pair.first in chosen else []
+        chosen[pair.first] = chosen[pair.second] = "; ".join([name, *untried])
         for side, chain in (("full", sides.full), ("half", sides.half)):
             one = layer_at(chain.module, pair.first)
             two = layer_at(chain.module, pair.second)
@@ -92,6 +105,17 @@ def mix(
                 kept.replace(f"{side}.{pair.first}.bias", one.bias, bias)
             kept.replace(f"{side}.{pair.second}.weight", two.weight, mixing.second(two.weight.data))
     return chosen
+
+
+def _too_wide(width: int, makers: Sequence[Any]) -> str:
+    """Which preparers are not asked about so many features."""
+    names = {kind: name for name, kind in PAIR_PREPARERS.items()}
+    over = [
+        f"{names[type(maker)]} over its limit of {maker.widest}"
+        for maker in makers
+        if width > maker.widest
+    ]
+    return f"{width} features: {', '.join(over)}"
 
 
 def input_transform(

@@ -36,14 +36,11 @@ def walk(
     trajectories: Sequence[Trajectory],
     n_held_out: int,
     device: torch.device,
-    *,
-    alone: bool = False,
 ) -> Iterator[Station]:
     """Every piece of every component that can be observed, in the order in which they run.
 
     Who receives a station changes `sides.half` as they like; on the next one both models have
-    passed it, and its weights are gone from memory. alone: there is no second model, `sides.half`
-    is `sides.full`, and all of its weights are there all the time.
+    passed it, and its weights are gone from memory.
     """
     family = family_of(source)
     sampler = family.sampler(source)
@@ -51,11 +48,7 @@ def walk(
     for component in family.components(source):
         if component not in family.chained:
             continue
-        if alone:
-            module = family.load(source, component).to(device)
-            half = full = family.chain(source, component, module)
-        else:
-            full, half = (family.streamed(source, component, device) for _ in range(2))
+        full, half = (family.streamed(source, component, device) for _ in range(2))
         if component == "text_encoder":
             numbered = text_batches(trajectories, n_held_out)
             batches = [batch for _, batch in numbered]

@@ -146,6 +146,35 @@ def test_a_solver_is_not_fitted_to_noised_clips() -> None:
     tuned = _recipe(keep).model_copy(update={"refine": (Recover(),)})
     fitted = _recipe(keep).model_copy(update={"refine": (Recover(), SolverRefit())})
     for recipe, shown in ((tuned, _shown("a")), (fitted, _shown()), (_recipe(keep), _shown("a"))):
-        require_own_trajectories(recipe, shown)
+        require_own_trajectories(recipe, shown, recipe.refine)
     with pytest.raises(PlanError, match=r"refine has `use: solver`.*real shows 3 noised clips"):
-        require_own_trajectories(fitted, _shown("a"))
+        require_own_trajectories(fitted, _shown("a"), fitted.refine)
+
+
+def test_what_a_model_is_too_large_for_is_left_out_and_said() -> None:
+    specs = [
+        LayerSpec(name=LayerName(name), kind="linear", shape=(128, 256), dtype="F16", block=block)
+        for name, block in (
+            ("text_encoder/b.0", 0),
+            ("transformer/b.0", 0),
+            ("vae_decoder/c", None),
+        )
+    ]
+    counts = {"text_encoder": 5_681_000_000, "transformer": 4_999_000_000, "vae_decoder": 10**12}
+    refine = (Recover(largest=5.0e9), SolverRefit(), SolverRefit(largest=6.0e9))
+    rule = Rule(match="*", weights="int4-g64")
+    recipe = _recipe(rule).model_copy(update={"refine": refine})
+    plan = make_plan(recipe, specs, counts)
+    assert plan.refine == refine[2:]
+    assert [one.step for one in plan.left_out] == ["refine recover", "refine solver"]
+    assert plan.left_out[0].reason == (
+        "text_encoder has 5.7 B parameters, over its limit of 5.0 B (it holds a whole component in "
+        "float32: 23 GB)"
+    )
+    assert "text_encoder has 5.7 B, transformer has 5.0 B parameters" in plan.left_out[1].reason
+    assert plan.to_json()["left_out"] == [
+        {"step": one.step, "reason": one.reason} for one in plan.left_out
+    ]
+    small = make_plan(recipe, specs, dict.fromkeys(counts, 10**9))
+    assert small.refine == refine
+    assert small.left_out == ()

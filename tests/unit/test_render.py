@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -237,3 +238,12 @@ def test_rows_sizes_and_shared_notes() -> None:
     assert [size(n) for n in (0, 999, 1500, 24_000_000, 10**12)] == [
         "0 B", "999 B", "1.50 kB", "24.00 MB", "1000.00 GB",
     ]  # fmt: skip
+
+
+def test_a_report_says_what_of_its_recipe_was_left_out() -> None:
+    step = {"step": "refine recover", "reason": "5.0 B parameters, over its limit of 1.0 B"}
+    report = replace(_report(), recipe={"name": "r", "left_out": [step]})
+    told = f"left out: {step['reason']}"
+    assert notes(report)[0] == ("refine recover", told)
+    assert told in markdown(report)
+    assert told in page(report, _clips(3, 1), _clips(3, 2))

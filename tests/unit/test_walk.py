@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -628,3 +629,25 @@ def test_with_steps_of_both_each_expert_sees_its_own(micro_wan: Path, tmp_path: 
             met[station.component] = steps
     assert list(dict.fromkeys(order)) == ["text_encoder", "transformer", "transformer_2"]
     assert met == {"transformer": {999.0}, "transformer_2": {857.0, 600.0}}
+
+
+def test_features_too_many_for_a_preparer_stay_as_they_are_and_the_notes_say_so(
+    uneven: Source, uneven_seen: Entry, tmp_path: Path
+) -> None:
+    planned = [
+        replace(one, prepared=True)
+        for one in _planned(uneven, "int4-g64")
+        if "blocks.1.ffn" in one.spec.name or "blocks.1.attn1.to_" in one.spec.name
+    ]
+    how = (Rotate(widest=64), Permute(widest=128))
+    quantize(Work(tmp_path), uneven, planned, Machine(), how, uneven_seen, n_held_out=1)
+    found = {
+        name.removeprefix("transformer/blocks.1."): str(weight.notes.get("mixed", ""))
+        for path in tmp_path.glob("*.safetensors")
+        for name, weight in QuantizedModel.load(path).weights.items()
+    }
+    for name in ("ffn.net.0.proj", "ffn.net.2"):  # 256 features between them
+        assert found[name] == "256 features: permute over its limit of 128"
+    for name in ("attn1.to_v", "attn1.to_out.0"):  # 128
+        assert found[name].endswith("128 features: rotate over its limit of 64")
+    assert found["attn1.to_q"] == ""
