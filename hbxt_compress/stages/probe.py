@@ -32,6 +32,7 @@ from hbxt_compress.models import family_of
 from hbxt_compress.plan import FULL_PRECISION, Choice
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import text_batches, transformer_batches
+from hbxt_compress.stages.products import products_for
 from hbxt_compress.stages.sensitivity import Sensitivity, arrive, leave
 from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.tape import LOOSE, Tape
@@ -161,7 +162,7 @@ class _Tour:
                 known = json.loads(path.read_text())
                 self._known |= {own[k].spec.name: Sensitivity.from_json(known[k]) for k in known}
                 continue
-            with tape.at(piece):
+            with tape.at(piece), products_for(chain.module):
                 found = leave(chain.module, own, tape.forward(piece, list(own)))
             self._known |= {own[module].spec.name: one for module, one in found.items()}
             unfinished = path.with_suffix(".tmp")
@@ -181,7 +182,7 @@ class _Tour:
             }
             self._tell(component, piece)
             if piece not in passed:
-                with tape.at(piece):
+                with tape.at(piece), products_for(tape.chain.module):
                     arrive(tape.chain.module, known, tape.backward(piece, list(known)))
                 if piece != LOOSE:
                     self._remember(component, tape, piece)

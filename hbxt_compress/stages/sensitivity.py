@@ -180,7 +180,7 @@ def _left(
     losses = [[0.0] * len(own) for own in fmts]
     for columns, inputs in parts:
         assert inputs.held_out is not None
-        variance_I = inputs.held_out.hessian(centred=inputs.takes_bias).diagonal()
+        variance_I = inputs.held_out.hessian(centred=inputs.takes_bias).diagonal().double()
         found = estimated_losses([one[:, columns] for one in weights], inputs, fmts)
         for k, (weight_OI, power_G) in enumerate(zip(weights, powers, strict=True)):
             power_I = power_G.repeat_interleave(weight_OI.shape[1] // len(power_G))

@@ -1,0 +1,29 @@
+"""How exactly the passes through a model are computed: coarser where the model is large.
+
+Of components above a billion parameters, float32 products take their factors in bfloat16 where the
+processor gains by it: what is seen has noise of -50 dB, and costs a third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["products_for"]
+
+_EXACT_TO = 1_000_000_000  # parameters of a component
+
+
+@contextmanager
+def products_for(module: nn.Module) -> Iterator[None]:
+    """Meanwhile float32 products are as precise as suits passes through a component."""
+    coarse = sum(parameter.numel() for parameter in module.parameters()) > _EXACT_TO
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if coarse else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
