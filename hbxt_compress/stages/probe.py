@@ -32,7 +32,7 @@ from hbxt_compress.models import family_of
 from hbxt_compress.plan import FULL_PRECISION, Choice
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import text_batches, transformer_batches
-from hbxt_compress.stages.products import is_large, products_for
+from hbxt_compress.stages.products import products_for
 from hbxt_compress.stages.sensitivity import Sensitivity, arrive, leave
 from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.tape import LOOSE, Tape
@@ -45,6 +45,7 @@ VERSION = 3
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
+_LARGE = 1_000_000_000  # parameters of a component
 _N_PROMPTS_OF_LARGE = 3  # of which a damage is known to 1 dB, not 0.3 dB
 _N_HELD_OUT = 3  # of them
 _LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
@@ -92,11 +93,12 @@ def _damages(
 ) -> dict[LayerName, dict[str, float]]:
     every = load_trajectories(trajectories.folder)
     _require_observable(source, choices, len(every))
-    large = any(is_large(n) for n in family_of(source).parameters(source).values())
+    family = family_of(source)
+    large = any(n > _LARGE for n in family.parameters(source).values())
     n = min(_N_PROMPTS_OF_LARGE if large else _N_PROMPTS, len(every))
     some = [every[i] for i in torch.linspace(0, len(every) - 1, n).round().int().tolist()]
     held_out = min(_N_HELD_OUT, n - 1)
-    family, tour = family_of(source), _Tour(source, choices, device, folder)
+    tour = _Tour(source, choices, device, folder)
     numbered = text_batches(some, held_out)
     encoder = tour.there(_ENCODER, [batch for _, batch in numbered])
     # Leaves of autograd: a batch's gradient finds its way to the texts that it was made of.
@@ -164,7 +166,7 @@ class _Tour:
                 known = json.loads(path.read_text())
                 self._known |= {own[k].spec.name: Sensitivity.from_json(known[k]) for k in known}
                 continue
-            with tape.at(piece), products_for(chain.module):
+            with tape.at(piece), products_for(chain):
                 found = leave(chain.module, own, tape.forward(piece, list(own)))
             self._known |= {own[module].spec.name: one for module, one in found.items()}
             unfinished = path.with_suffix(".tmp")
@@ -184,7 +186,7 @@ class _Tour:
             }
             self._tell(component, piece)
             if piece not in passed:
-                with tape.at(piece), products_for(tape.chain.module):
+                with tape.at(piece), products_for(tape.chain):
                     arrive(tape.chain.module, known, tape.backward(piece, list(known)))
                 if piece != LOOSE:
                     self._remember(component, tape, piece)

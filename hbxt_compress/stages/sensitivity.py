@@ -117,9 +117,9 @@ def arrive(
             assert one.gradient is not None
             mean_I = known[name].mean_I
             for given, gradient in zip(one.given, one.gradient, strict=True):
-                rows_NI = given.reshape(-1, given.shape[-1])
+                rows_NI = given.reshape(-1, given.shape[-1]).float()
                 rows_NI = rows_NI if mean_I is None else rows_NI - mean_I.to(rows_NI)
-                whole_OI = gradient.reshape(len(rows_NI), -1).T @ rows_NI
+                whole_OI = gradient.reshape(len(rows_NI), -1).float().T @ rows_NI
                 squares_OG = whole_OI.unflatten(1, (powers[name].shape[1], -1)).square_().sum(-1)
                 arrived = (squares_OG * powers[name]).double().sum()
                 known[name].arrived.append(float(arrived))

@@ -106,7 +106,7 @@ class SideBySide:
                 if held_out not in sides:
                     sides[held_out] = LayerStats.empty(x.shape[-1], need)
                 try:
-                    with products_for(self.full.module):
+                    with products_for(self.full):
                         sides[held_out].add(x, y, batch.weight)
                 except ValueError as error:
                     raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
@@ -166,7 +166,7 @@ class SideBySide:
         """A piece of one model on one batch: a Carry, or the output from the tail."""
         batch = self.batches[index]
         inputs = batch.full if chain is self.full else batch.half
-        with products_for(self.full.module):
+        with products_for(self.full):
             if piece == HEAD:
                 return chain.head(*inputs)
             carry = self._carries[index][0 if chain is self.full else 1]
