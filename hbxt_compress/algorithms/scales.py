@@ -12,8 +12,8 @@ searched is what is stored.
 
 The loss is that of squares or, on request, of another power of the error. Powers above 2 cut large
 entries off less, which is what a net wants when nothing is known of its inputs: an entry that is
-cut off errs always the same way. r is then 0.54 .. 1.24 where all entries matter alike, and the
-refit a step of Newton's method.
+cut off errs always the same way. r is then 0.54 to 1.26 by 0.06 where all entries matter alike,
+and the refit a step of Newton's method.
 
 Large weights are searched by compiled code, which needs a C++ compiler: some hundred operations on
 each number become one pass over it. Its sums differ from the others' in the last bit.
@@ -38,7 +38,7 @@ __all__ = ["search_scales"]
 
 log = logging.getLogger(__name__)
 _RATIOS = tuple(i / 100 for i in (*range(24, 60, 6), *range(60, 112, 3), *range(112, 141, 6)))
-_RATIOS_NEAR_1 = tuple(r for r in _RATIOS if 0.5 < r < 1.3)
+_RATIOS_NEAR_1 = tuple(i / 100 for i in range(54, 127, 6))
 _N_REFITS = 2
 _WEIGHTS_AT_ONCE = 1 << 18  # of a chunk of rows: its few copies stay near the core
 _COMPILED_AT_ONCE = 1 << 22  # weights of a chunk in compiled code, which keeps no copies

@@ -6,7 +6,9 @@ So a table larger than memory can be rounded, and smaller weights stay near the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,7 +34,23 @@ def round_blindly(weights: Weights, layers: Sequence[LayerPlan], path: Path) -> 
         SourceError: a weight holds NaN or infinity.
         CalibrationError: a rounder refuses one.
     """
-    save_block(path, {layer.spec.name: _rounded(weights, layer) for layer in layers})
+    largest_first = sorted(layers, key=lambda layer: -layer.spec.n_weights)
+    with _one_thread_a_layer() as pool:
+        rounded = list(pool.map(lambda layer: _rounded(weights, layer), largest_first))
+    names = (layer.spec.name for layer in largest_first)
+    save_block(path, dict(zip(names, rounded, strict=True)))
+
+
+@contextmanager
+def _one_thread_a_layer() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as torch has threads; each computes alone, and meanwhile others read."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def activation_payload(layer: LayerPlan, inputs: LayerInputs | None) -> Mapping[str, Tensor]:
