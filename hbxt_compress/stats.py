@@ -52,13 +52,14 @@ class LayerStats:
     examples: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, n_inputs: int, need: Need) -> LayerStats:
-        """No rows yet."""
-        zeros = torch.zeros(5, n_inputs, dtype=torch.float64)
+    def empty(cls, n_inputs: int, need: Need, device: torch.device | None = None) -> LayerStats:
+        """No rows yet. device: of the rows, and so of all sums."""
+        zeros = torch.zeros(5, n_inputs, dtype=torch.float64, device=device)
         wanted = need == "covariance", need == "covariance" and n_inputs <= WIDEST
         precision = torch.float64 if n_inputs <= _FLOAT64_TO else torch.float32
         products = [
-            torch.zeros(n_inputs, n_inputs, dtype=precision) if one else None for one in wanted
+            torch.zeros(n_inputs, n_inputs, dtype=precision, device=device) if one else None
+            for one in wanted
         ]
         return cls(
             n=0,
@@ -72,8 +73,12 @@ class LayerStats:
             products_xy_II=products[1],
         )
 
-    def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+    def add(
+        self, x: Tensor, y: Tensor, weight: float = 1.0, *, shift_I: Tensor | None = None
+    ) -> None:
         """Adds rows of two tensors of equal shape (any leading axes), each counted `weight` times.
+
+        shift_I: what is subtracted from all rows, if these are the first; None: their mean.
 
         Raises:
             ValueError: a value is not finite.
@@ -82,7 +87,7 @@ class LayerStats:
         if not bool(torch.isfinite(rows_x).all() and torch.isfinite(rows_y).all()):
             raise ValueError("activations hold NaN or infinity")
         if self.n == 0:
-            self.shift_I = rows_x.double().mean(0)
+            self.shift_I = rows_x.double().mean(0) if shift_I is None else shift_I
         self.n += rows_x.shape[0]
         self.weight += weight * rows_x.shape[0]
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())

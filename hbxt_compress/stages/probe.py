@@ -60,7 +60,7 @@ def probe(
     """Writes damages.json: layer -> format -> lost share of the velocity's energy, 0..inf.
 
     Until that is done, hidden states of all blocks lie beside it, and how far it is: a killed run
-    goes on with the next block.
+    goes on with the next block. Rank 0 does it alone.
 
     Raises:
         CalibrationError: too few prompts, or layers whose inputs cannot be observed.
@@ -71,6 +71,8 @@ def probe(
         path.write_text(json.dumps(damages, indent=1, sort_keys=True))
 
     work.expect(1)
+    if not work.ranks.leads:
+        return
     folder = work.folder / _UNFINISHED
     work.piece(_RESULT, make)
     shutil.rmtree(folder, ignore_errors=True)

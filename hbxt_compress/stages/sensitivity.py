@@ -143,7 +143,9 @@ class _Gathered:
             given = given[counted]
         if batch.held_out not in self._sides:
             widths = [one.stop - one.start for one in self._slices]
-            self._sides[batch.held_out] = [LayerStats.empty(n, "covariance") for n in widths]
+            self._sides[batch.held_out] = [
+                LayerStats.empty(n, "covariance", given.device) for n in widths
+            ]
         for columns, stats in zip(self._slices, self._sides[batch.held_out], strict=True):
             part = given[..., columns]
             try:
