@@ -8,8 +8,8 @@ when one is gone the others can tell which, instead of waiting. They share a fil
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +115,7 @@ class Ranks:
     def broadcast(self, thing: T, source: int = 0) -> T:
         """What the rank `source` gives; of the others what they give is not looked at.
 
-        Tensors in it arrive on the device that they were sent from: send those of the CPU.
+        Tensors arrive on the CPU or, if they were sent from a GPU, on that of the rank.
         """
         return thing if self._others is None else cast(T, self._others.broadcast(thing, source))
 
@@ -206,24 +206,24 @@ class _Others:
     def broadcast(self, thing: object, source: int) -> Any:
         import torch
 
-        own = pickle.dumps(thing) if source == self._rank else b""
+        own = _packed(thing) if source == self._rank else b""
         size = torch.tensor([len(own)])
         self._done("broadcast", size, src=source)
         content = _bytes(own, int(size))
         self._done("broadcast", content, src=source)
-        return thing if source == self._rank else pickle.loads(content.numpy().tobytes())
+        return thing if source == self._rank else _unpacked(content)
 
     def gathered(self, thing: T) -> list[T]:
         import torch
 
-        own = pickle.dumps(thing)
+        own = _packed(thing)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world)]
         self._done("all_gather", sizes, torch.tensor([len(own)]))
         most = max(int(size) for size in sizes)
         contents = [torch.empty(most, dtype=torch.uint8) for _ in range(self._world)]
         self._done("all_gather", contents, _bytes(own, most))
         return [
-            thing if k == self._rank else pickle.loads(one[: int(size)].numpy().tobytes())
+            thing if k == self._rank else _unpacked(one[: int(size)])
             for k, (one, size) in enumerate(zip(contents, sizes, strict=True))
         ]
 
@@ -310,6 +310,24 @@ class _Others:
         if self._seen.get(rank, (b"", now))[0] != pulse:
             self._seen[rank] = pulse, now
         return now - self._seen[rank][1]
+
+
+def _packed(thing: object) -> bytes:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(content: Tensor) -> Any:
+    import torch
+
+    return torch.load(
+        io.BytesIO(content.numpy().tobytes()),
+        map_location=lambda storage, place: storage if place == "cpu" else storage.cuda(),
+        weights_only=False,  # it was packed by this very run
+    )
 
 
 def _bytes(content: bytes, size: int) -> Tensor:

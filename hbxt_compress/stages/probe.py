@@ -131,7 +131,7 @@ def _damages(
         )
     if waiting:
         latents = [one.latents_KCTHW[-1] for one in some]
-        tour.damages |= _decoder_damages(source, waiting, latents)
+        tour.damages |= _decoder_damages(source, waiting, latents, device)
     log.info("probe: done", extra={"progress": (1, 1, "probe")})
     return tour.damages
 
@@ -286,16 +286,16 @@ def _require_observable(source: Source, choices: Sequence[Choice], n_prompts: in
 
 @torch.no_grad()
 def _decoder_damages(
-    source: Source, choices: Sequence[Choice], latents: Sequence[Tensor]
+    source: Source, choices: Sequence[Choice], latents: Sequence[Tensor], device: torch.device
 ) -> dict[LayerName, dict[str, float]]:
     """By layer and format, what rounding it alone costs the pixels, relative to their variance.
 
     Counted one to one with errors of the velocity, which reach the pixels about as large.
     """
     family = family_of(source)
-    module = family.load(source, _DECODER)
+    module = family.load(source, _DECODER).to(device)
     shown = torch.stack(list(latents[:_N_DECODED]))
-    shown = shown[:, :, :_FRAMES_DECODED, :_SIDE_DECODED, :_SIDE_DECODED]
+    shown = shown[:, :, :_FRAMES_DECODED, :_SIDE_DECODED, :_SIDE_DECODED].to(device)
     expected = family.decode(source, module, shown)
     energy = float(expected.var())
     damages: dict[LayerName, dict[str, float]] = {}

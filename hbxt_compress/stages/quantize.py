@@ -71,7 +71,7 @@ def quantize(
         SourceError: a weight holds NaN or infinity.
         CalibrationError: a layer saw no input, or one that is not finite.
     """
-    family = family_of(source)
+    family, device = family_of(source), torch.device(on.device)
     blind = [layer for layer in layers if layer.spec.kind != "embedding"]
     tables = [layer for layer in layers if layer.spec.kind == "embedding"]
     work.expect(
@@ -80,8 +80,9 @@ def quantize(
     )
     by_component = groupby(tables, key=lambda layer: layer.spec.component)
     for i, (component, group) in enumerate(by_component):
-        make = partial(round_blindly, family.weights(source, component), list(group))
+        weights, own = family.weights(source, component), list(group)
         if work.ranks.owns(i):
+            make = partial(round_blindly, weights, own, device=device)
             work.piece(TABLES.format(component), make)
     work.ranks.barrier()
     if trajectories is not None:
@@ -96,7 +97,8 @@ def quantize(
             continue
         name = f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors"
         log.info("quantize: %s", name)
-        make = partial(round_blindly, family.weights(source, component), list(group))
+        weights, own = family.weights(source, component), list(group)
+        make = partial(round_blindly, weights, own, device=device)
         try:
             work.piece(name, make)
         except SourceError:
