@@ -143,11 +143,12 @@ class Journal:
         return FileNote(size=mark[1], sha256=self._digests[mark])
 
     def files(self) -> dict[str, FileNote]:
-        """What the result holds: every file but the journal and what is not finished, by path."""
+        """What the result holds: every file but the journals and what is not finished, by path."""
+        own = {self.path, *self._others_files()}
         return {
             path.relative_to(self._folder).as_posix(): self.note(path)
             for path in sorted(_files(self._folder))
-            if path != self.path and scratch_of(self._folder) not in path.parents
+            if path not in own and scratch_of(self._folder) not in path.parents
         }
 
     def _is_checkpoint(self, path: Path) -> bool:

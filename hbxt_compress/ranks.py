@@ -300,6 +300,14 @@ class _Others:
         self._ended.set()
         with suppress(RuntimeError):
             self._store.set(f"ended {self._rank}", "")
+            # Without torchrun rank 0 keeps the store, which the others need to say as much.
+            if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                until = time.monotonic() + _SILENT_S
+                while time.monotonic() < until and not self._all_ended():
+                    time.sleep(_STEP_S[1])
+
+    def _all_ended(self) -> bool:
+        return all(self._store.check([f"ended {k}"]) for k in self._peers())
 
     def _peers(self) -> list[int]:
         return [k for k in range(self._world) if k != self._rank]

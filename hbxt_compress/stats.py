@@ -92,7 +92,7 @@ class LayerStats:
         self.weight += weight * rows_x.shape[0]
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
         at = [(2 * k + 1) * len(rows_y) // (2 * _EXAMPLES) for k in range(_EXAMPLES)]
-        self.examples.append(rows_y[at])
+        self.examples.append(rows_y[torch.tensor(at)])
         at_once = min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // rows_x.shape[1]))
         chunks = zip(rows_x.split(at_once), rows_y.split(at_once), strict=True)
         for chunk_x, chunk_y in chunks:

@@ -228,6 +228,7 @@ def test_a_rank_reads_what_all_have_noted_and_the_first_takes_it_in(tmp_path: Pa
     assert Journal(tmp_path, 1).vouches_for("piece-0")
     first = Journal(tmp_path)
     assert first.vouches_for("piece-1")
+    assert first.files().keys() == {"piece-0", "piece-1"}
     first.merge()
     assert [path.name for path in tmp_path.glob("journal*")] == ["journal.jsonl"]
     assert Journal(tmp_path).vouches_for("piece-1")
