@@ -333,9 +333,14 @@ def _unpacked(content: Tensor) -> Any:
 
     return torch.load(
         io.BytesIO(content.numpy().tobytes()),
-        map_location=lambda storage, place: storage if place == "cpu" else storage.cuda(),
+        map_location=_at_home,
         weights_only=False,  # it was packed by this very run
     )
+
+
+def _at_home(storage: Any, place: str) -> Any:
+    """A tensor's memory on the device of this rank."""
+    return storage if place == "cpu" else storage.cuda()
 
 
 def _bytes(content: bytes, size: int) -> Tensor:
