@@ -62,6 +62,8 @@ class Ranks:
                 f"WORLD_SIZE asks for several ranks, but of {told} one is no number, or "
                 f"{', '.join(missing) or 'none'} is missing; start them with torchrun"
             )
+        # Else torch prints a stack for every connection that ends, before we can say what it was.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         ranks = cls(*map(int, numbers))
         ranks._others = _Others(ranks.rank, ranks.world)
         return ranks
@@ -276,8 +278,8 @@ class _Others:
                     if not self._store.check([f"ended {k}"])
                     and self._store.get(f"pulse {k}") == before[k]
                 ]
-        except RuntimeError:  # the store is rank 0's, unless torchrun keeps it
-            return [0] if self._rank else []
+        except RuntimeError:  # who keeps the store is gone
+            return [] if _torchrun_keeps_the_store() else [0]
         return open_
 
     def error(self, gone: Sequence[int]) -> RankLost:
@@ -286,7 +288,7 @@ class _Others:
         what = (
             f"rank {who} of {self._world} is gone, killed or with its machine"
             if gone
-            else f"the connection between {self._world} ranks broke"
+            else f"the connection between {self._world} ranks broke, or torchrun has ended"
         )
         return RankLost(f"{what}; the run goes on with any number of ranks (torchrun)")
 
@@ -301,7 +303,7 @@ class _Others:
         with suppress(RuntimeError):
             self._store.set(f"ended {self._rank}", "")
             # Without torchrun rank 0 keeps the store, which the others need to say as much.
-            if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            if self._rank == 0 and not _torchrun_keeps_the_store():
                 until = time.monotonic() + _SILENT_S
                 while time.monotonic() < until and not self._all_ended():
                     time.sleep(_STEP_S[1])
@@ -318,6 +320,10 @@ class _Others:
         if self._seen.get(rank, (b"", now))[0] != pulse:
             self._seen[rank] = pulse, now
         return now - self._seen[rank][1]
+
+
+def _torchrun_keeps_the_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _packed(thing: object) -> bytes:

@@ -86,7 +86,7 @@ def killed(folder: Path, micro_wan: Path) -> tuple[Path, int, str]:
 
     def kill(torchrun: subprocess.Popen[bytes]) -> None:
         first = "quantize/*.partial/*.000.safetensors"
-        wait_for(lambda: any(store.glob(first)) or torchrun.poll() is not None)
+        wait_for(lambda: any(store.glob(first)) or torchrun.poll() is not None, 400)
         if torchrun.poll() is None:
             os.kill(_rank(torchrun.pid, 1), signal.SIGKILL)
 
@@ -106,8 +106,10 @@ def _two_ranks(
         "-m", "hbxt_compress", "quantize", folder / "ranks.yaml",
         "--model", model, "--store", store, "--out", out,
     ]  # fmt: skip
-    with log.open("w") as said:
-        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=subprocess.STDOUT)
+    with (
+        log.open("w") as said,
+        subprocess.Popen(list(map(str, command)), stdout=said, stderr=said) as process,
+    ):
         try:
             act(process)
             code = process.wait(400)
