@@ -63,6 +63,8 @@ class Chain:
     def enter(self, index: int) -> None:
         """Makes sure that a block has its weights, as they are in the files."""
         if self._weights is not None:
+            for module in self.blocks[index].modules():
+                self._move_buffers(module)
             block, prefix = self.blocks[index], f"{self._path}.{index}."
             self._fill(block, prefix, self._weights)
             for name, module in block.named_modules() if self.is_large else ():
@@ -93,13 +95,17 @@ class Chain:
         for path, module in self.module.named_modules():
             if f"{path}.".startswith(f"{self._path}."):
                 continue
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(self._device))
+            self._move_buffers(module)
             if isinstance(module, nn.Embedding):
-                module.weight = _still(torch.empty(0, module.embedding_dim))  # rows come when asked
+                empty = torch.empty(0, module.embedding_dim, device=self._device)
+                module.weight = _still(empty)  # rows come when asked
                 module.register_forward_pre_hook(self._look_up(weights, f"{path}.weight"))
                 continue
             self._fill(module, f"{path}." if path else "", weights, recurse=False)
+
+    def _move_buffers(self, module: nn.Module) -> None:
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(self._device))
 
     def _look_up(
         self, weights: Weights, name: str

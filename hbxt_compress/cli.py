@@ -6,14 +6,17 @@ Heavy imports happen inside the commands, so that `hbxt --help` answers at once.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
@@ -24,6 +27,7 @@ from hbxt_compress.errors import (
     QualityUndecided,
     UsageError,
 )
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -46,21 +50,33 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 _threads = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."
 )
-_device = click.option("--device", default="cpu", help="torch device that computes.")
+_device = click.option(
+    "--device",
+    default="cpu",
+    help="torch device that computes: cpu, or cuda (ROCm too); of several ranks each its own GPU.",
+)
+_SHARED: Final = ("plan", "quantize", "evaluate")  # commands that several ranks can run
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("-v", "--verbose", is_flag=True, help="Tell every step, not only progress.")
 @click.option("--debug", is_flag=True, help="As -v, and show the traceback of an error.")
 @click.version_option(package_name="hbxt-compress", prog_name="hbxt")
-def hbxt(verbose: bool, debug: bool) -> None:
+@click.pass_context
+def hbxt(context: click.Context, verbose: bool, debug: bool) -> None:
     """Compress video diffusion models: quantize, export to ONNX, generate, measure the loss.
 
     Start with `hbxt quantize w4a16`, which needs no network and no GPU.
     """
     from hbxt_compress.progress import watch
 
-    watch(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
+    ranks = context.ensure_object(Ranks)
+    if ranks.world > 1 and context.invoked_subcommand not in _SHARED:
+        raise UsageError(
+            f"{context.invoked_subcommand}: not for {ranks.world} ranks; run it without torchrun, "
+            f"which is for {', '.join(_SHARED)}"
+        )
+    watch(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING, ranks.rank)
     if not (verbose or debug):
         warnings.simplefilter("ignore")
 
@@ -96,9 +112,11 @@ def show_recipe(recipe: str) -> None:
 @_store
 @_device
 @_json
+@click.pass_obj
 def plan(
-    recipe: str, model: str, every_layer: bool, store: Path, device: str, as_json: bool
-) -> None:
+    ranks: Ranks, recipe: str, model: str, every_layer: bool,
+    store: Path, device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Show the fate of every weight.
 
     What RECIPE does to each, why, and the sizes. Only file headers are read, unless the recipe has
@@ -110,7 +128,8 @@ def plan(
     from hbxt_compress.store import Store
 
     found = load_recipe(recipe)
-    planned = pipeline.plan(found, model, Store(store), machine=Machine(device=device))
+    machine = Machine(device=ranks.device(device))
+    planned = pipeline.plan(found, model, Store(store, ranks), machine=machine)
     show.plan(found, planned, as_json, every_layer=every_layer)
 
 
@@ -122,13 +141,15 @@ def plan(
 @_device
 @_threads
 @_json
+@click.pass_obj
 def quantize(
-    recipe: str, model: str, out: Path | None,
+    ranks: Ranks, recipe: str, model: str, out: Path | None,
     store: Path, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compress a model as RECIPE says.
 
     The result is an artifact that `generate` runs. Finished steps are found, not repeated.
+    `torchrun --nproc-per-node N -m hbxt_compress quantize ...` shares the work between N processes.
     """
     from hbxt_compress import pipeline, show
     from hbxt_compress.artifact import Artifact
@@ -138,8 +159,8 @@ def quantize(
 
     found = load_recipe(recipe)
 
-    machine = Machine(device=device, n_threads=threads)
-    folder = pipeline.compress(found, model, Store(store), machine=machine, out=out)
+    machine = Machine(device=ranks.device(device), n_threads=threads)
+    folder = pipeline.compress(found, model, Store(store, ranks), machine=machine, out=out)
     show.artifact(Artifact.open(folder, verify=False), as_json)
 
 
@@ -152,8 +173,9 @@ def quantize(
 @_device
 @_threads
 @_json
+@click.pass_obj
 def evaluate(
-    artifact: Path, suite_name: str | None, model: str | None, out: Path | None,
+    ranks: Ranks, artifact: Path, suite_name: str | None, model: str | None, out: Path | None,
     store: Path, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what ARTIFACT lost.
@@ -169,8 +191,10 @@ def evaluate(
 
     promised = Artifact.open(artifact, verify=True).manifest.recipe
     suite = load_suite(suite_name or _promised_suite(promised))
-    machine = Machine(device=device, n_threads=threads)
-    report = pipeline.evaluate(artifact, suite, Store(store), model=model, out=out, machine=machine)
+    machine = Machine(device=ranks.device(device), n_threads=threads)
+    report = pipeline.evaluate(
+        artifact, suite, Store(store, ranks), model=model, out=out, machine=machine
+    )
     show.report(report, out, as_json)
     if report.outcome == "fail":
         raise QualityGateFailed("a promise of the recipe is broken; see the verdicts above")
@@ -273,23 +297,56 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(given: list[str]) -> int:
+    ranks = ALONE
     try:
-        code = hbxt.main(given, prog_name="hbxt", standalone_mode=False)
-    except click.ClickException as error:
+        ranks = Ranks.joined()
+        with nullcontext() if ranks.leads else redirect_stdout(StringIO()):
+            code = hbxt.main(given, prog_name="hbxt", standalone_mode=False, obj=ranks)
+            ranks.barrier()
+    except BaseException as error:
+        if ranks.world > 1:
+            _end_early(error, ranks, given)
+        return _failed(error, given)
+    ranks.end()
+    return code if isinstance(code, int) else 0
+
+
+def _failed(error: BaseException, given: Sequence[str]) -> int:
+    """Tells an error and returns the exit code; raises what is no error of the user's."""
+    if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
-    except (Stopped, click.Abort, KeyboardInterrupt) as error:
+    if isinstance(error, Stopped | click.Abort | KeyboardInterrupt):
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         _tell([f"stopped by {stopped}", *_kept(error), "run the same command to continue"])
         return stopped.exit_code
-    except (HbxtError, OSError) as error:
-        if "--debug" in given:
+    if not isinstance(error, HbxtError | OSError):
+        raise error
+    if "--debug" in given:
+        traceback.print_exception(error)
+    _tell([f"error: {error}"])
+    if (kept := _kept(error)) or isinstance(error, OSError | DiskFull):
+        _tell([*kept, "once this is mended, the same command continues"])
+    return error.exit_code if isinstance(error, HbxtError) else 1
+
+
+def _end_early(error: BaseException, ranks: Ranks, given: Sequence[str]) -> NoReturn:
+    """Ends one of several ranks; the first of them to come here tells what happened."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun asks the ranks of a failed run to end
+        signal.signal(number, signal.SIG_IGN)
+    if isinstance(error, Stopped) and (lost := ranks.lost()):
+        for note in _kept(error):
+            lost.add_note(note)
+        error = lost
+    code = 1
+    with nullcontext() if ranks.first_to_tell() else redirect_stderr(StringIO()):
+        try:
+            code = _failed(error, given)
+        except BaseException:
             traceback.print_exc()
-        _tell([f"error: {error}"])
-        if (kept := _kept(error)) or isinstance(error, OSError | DiskFull):
-            _tell([*kept, "once this is mended, the same command continues"])
-        return error.exit_code if isinstance(error, HbxtError) else 1
-    return code if isinstance(code, int) else 0
+    ranks.end()
+    sys.stderr.flush()
+    os._exit(code)  # what others still wait for would keep this process
 
 
 def _tell(parts: Sequence[str]) -> None:

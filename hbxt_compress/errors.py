@@ -8,6 +8,7 @@ HbxtError                 1
 |-- ArtifactError         2   an artifact is damaged, tampered with or too new
 |-- StoreError            1   the result store cannot be read or written
 |-- DiskFull              1   no space or quota is left, or a file may not grow
+|-- RankLost              1   another process of the same run is gone
 |-- CalibrationError      1   calibration saw nothing, or non-finite numbers
 |-- ExportError           1   a graph could not be made, or differs from its model
 |-- HealthError           1   generated clips are black, constant or non-finite
@@ -32,6 +33,7 @@ __all__ = [
     "PlanError",
     "QualityGateFailed",
     "QualityUndecided",
+    "RankLost",
     "RecipeError",
     "RuntimeUnavailable",
     "SourceError",
@@ -72,6 +74,10 @@ class StoreError(HbxtError):
 
 
 class DiskFull(HbxtError):
+    pass
+
+
+class RankLost(HbxtError):
     pass
 
 

@@ -23,7 +23,7 @@ from hbxt_compress import disk
 __all__ = ["FileNote", "Journal", "file_sha256", "scratch_of"]
 
 log = logging.getLogger(__name__)
-_NAME = "journal.jsonl"
+_NAME, _RANKS_NAME = "journal.jsonl", "journal.{}.jsonl"
 _SCRATCH = "unfinished"
 _CHECKPOINT = ".checkpoint"
 _NEEDED = frozenset({"name", "bytes", "sha256"})
@@ -38,20 +38,34 @@ class FileNote:
 
 
 class Journal:
-    """The journal of a folder; a folder without one has no finished pieces."""
+    """The journal of a folder; a folder without one has no finished pieces.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    rank: each process of a run adds to a file of its own, and reads those of all.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._folder, self._rank = folder, rank
         self._pieces: dict[str, Mapping[str, FileNote]] = {}
         self._digests: dict[tuple[int, int, int], str] = {}
         self._n_expected: int | None = None
-        for line in _lines(folder / _NAME):
-            self._take(line)
+        for path in (folder / _NAME, *self._others_files()):
+            for line in _lines(path):
+                self._take(line)
 
     @property
     def path(self) -> Path:
         """The journal's own file."""
-        return self._folder / _NAME
+        return self._folder / (_RANKS_NAME.format(self._rank) if self._rank else _NAME)
+
+    def merge(self, *, unchanged: bool = False) -> None:
+        """Takes in what other ranks have noted; unchanged: just now, so it is not read again."""
+        for path in self._others_files():
+            for line in _lines(path):
+                self._append(line)
+                for name, note in self._pieces.get(str(line.get("name")), {}).items():
+                    if unchanged and (file := self._folder / name).is_file():
+                        self._digests[_mark(file)] = note.sha256
+            path.unlink()
 
     def progress(self) -> str:
         """`3 of 12`: finished pieces and all of them; `3` if nobody said how many there will be."""
@@ -123,22 +137,25 @@ class Journal:
 
     def note(self, path: Path) -> FileNote:
         """Size and sha256 of a file; not read again if it is unchanged since, or only renamed."""
-        stat = path.stat()
-        mark = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        mark = _mark(path)
         if mark not in self._digests:
             self._digests[mark] = file_sha256(path)
-        return FileNote(size=stat.st_size, sha256=self._digests[mark])
+        return FileNote(size=mark[1], sha256=self._digests[mark])
 
     def files(self) -> dict[str, FileNote]:
-        """What the result holds: every file but the journal and what is not finished, by path."""
+        """What the result holds: every file but the journals and what is not finished, by path."""
+        own = {self.path, *self._others_files()}
         return {
             path.relative_to(self._folder).as_posix(): self.note(path)
             for path in sorted(_files(self._folder))
-            if path != self.path and scratch_of(self._folder) not in path.parents
+            if path not in own and scratch_of(self._folder) not in path.parents
         }
 
     def _is_checkpoint(self, path: Path) -> bool:
         return path.parent == scratch_of(self._folder) and path.suffix == _CHECKPOINT
+
+    def _others_files(self) -> list[Path]:
+        return sorted(p for p in self._folder.glob(_RANKS_NAME.format("*")) if p != self.path)
 
     def _append(self, line: Mapping[str, object]) -> None:
         before = self.path.read_bytes() if self.path.exists() else b""
@@ -167,6 +184,12 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, hex."""
     with disk.reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    """Inode, size and time of change: another one means that there may be other bytes."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from hbxt_compress.plan import (
     require_own_trajectories,
 )
 from hbxt_compress.prompts import PromptSet, load_prompts
+from hbxt_compress.publish import publish
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.report import QualityReport
 from hbxt_compress.source import Source, locate
@@ -32,7 +33,7 @@ from hbxt_compress.stages.quantize import quantize
 from hbxt_compress.stages.refine import refine
 from hbxt_compress.stages.report import report, weights_at_hand
 from hbxt_compress.stages.sample import sample
-from hbxt_compress.store import Entry, Missing, Store, publish
+from hbxt_compress.store import Entry, Missing, Store
 from hbxt_compress.suite import Suite
 
 __all__ = ["compress", "evaluate", "plan", "status"]
@@ -46,15 +47,15 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     Reads nothing but file headers, unless the recipe has a budget: then the layers are measured.
     """
     hashed = recipe.budget is not None
-    return _plan(recipe, locate(model, store.memo, hashed=hashed), store, machine)
+    return _plan(recipe, _located(model, store, hashed=hashed), store, machine)
 
 
 def compress(
     recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None
 ) -> Path:
     """The folder of the artifact; in `out` if that is given, else inside the store."""
-    entry = _artifact(recipe, locate(model, store.memo), store, machine)
-    return entry.folder if out is None else publish(entry, out, mark="manifest.json")
+    entry = _artifact(recipe, _located(model, store), store, machine)
+    return _published(store, entry, out, mark="manifest.json")
 
 
 def evaluate(
@@ -82,17 +83,26 @@ def evaluate(
         suite=suite,
         weights=weights_at_hand(suite.metrics),
     )
-    return QualityReport.load(
-        entry.folder if out is None else publish(entry, out, mark="report.json")
-    )
+    return QualityReport.load(_published(store, entry, out, mark="report.json"))
 
 
 def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str, str]]:
     """(stage, key, state, finished pieces) of each step, up to the first that is not done."""
     peek = store.peek()
     with suppress(Missing):
-        _artifact(recipe, locate(model, store.memo), peek, Machine())
+        _artifact(recipe, _located(model, store), peek, Machine())
     return peek.seen
+
+
+def _located(model: str, store: Store, *, hashed: bool = True) -> Source:
+    return store.ranks.by_first(lambda: locate(model, store.memo, hashed=hashed))
+
+
+def _published(store: Store, entry: Entry, out: Path | None, *, mark: str) -> Path:
+    """A result's folder, or that of its copy in `out`."""
+    if out is None:
+        return entry.folder
+    return store.ranks.by_first(lambda: publish(entry, out, mark=mark))
 
 
 def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Plan:
@@ -171,7 +181,7 @@ def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) ->
 def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
     """The full-precision model an artifact was made from, checked to be the very same bytes."""
     made_from = artifact.manifest.source
-    source = locate(model or str(made_from["model"]), store.memo)
+    source = _located(model or str(made_from["model"]), store)
     wanted = cast(Mapping[str, str], made_from["files"])
     differing = sorted(
         n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n)

@@ -26,10 +26,14 @@ __all__ = ["watch"]
 _LINE_EVERY_S = 5.0
 
 
-def watch(level: int) -> None:
-    """Shows progress and warnings of the library on stderr; INFO or DEBUG shows every record."""
+def watch(level: int, rank: int = 0) -> None:
+    """Shows progress and warnings of the library on stderr; INFO or DEBUG shows every record.
+
+    rank: of several processes the first shows progress, the others say who they are.
+    """
     log = logging.getLogger("hbxt_compress")
-    log.handlers = [_Bars(level) if sys.stderr.isatty() else _Lines(level)]
+    shown = _Lines if rank or not sys.stderr.isatty() else _Bars
+    log.handlers = [shown(level, rank)]
     log.setLevel(min(level, logging.INFO))
     log.propagate = False
 
@@ -37,22 +41,23 @@ def watch(level: int) -> None:
 class _Lines(logging.Handler):
     """Plain lines; a bar's steps at most one every few seconds, and its last one."""
 
-    def __init__(self, shown: int) -> None:
+    def __init__(self, shown: int, rank: int = 0) -> None:
         super().__init__()
-        self._shown = shown
+        self._shown, self._rank = shown, rank
         self._started: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         progress = getattr(record, "progress", None)
-        if progress is not None:
+        if progress is not None and not self._rank:
             self.step(*progress)
         elif record.levelno >= self._shown:
             self.line(record.getMessage(), record.levelno)
 
     def line(self, text: str, level: int = logging.INFO) -> None:
         mark = "warning: " if level >= logging.WARNING else ""
-        sys.stderr.write(f"{mark}{text}\n")
+        who = f"rank {self._rank}: " if self._rank else ""
+        sys.stderr.write(f"{who}{mark}{text}\n")
         sys.stderr.flush()
 
     def step(self, done: int, total: int, what: str) -> None:
@@ -71,8 +76,8 @@ class _Lines(logging.Handler):
 class _Bars(_Lines):
     """Bars on a terminal, with the time left; they stop when all are full."""
 
-    def __init__(self, shown: int) -> None:
-        super().__init__(shown)
+    def __init__(self, shown: int, rank: int = 0) -> None:
+        super().__init__(shown, rank)
         self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}

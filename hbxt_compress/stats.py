@@ -52,13 +52,24 @@ class LayerStats:
     examples: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, n_inputs: int, need: Need, *, cross: bool = True) -> LayerStats:
-        """No rows yet. cross: whether a covariance is to have E[x y^T] beside it."""
-        zeros = torch.zeros(5, n_inputs, dtype=torch.float64)
+    def empty(
+        cls,
+        n_inputs: int,
+        need: Need,
+        device: torch.device | None = None,
+        *,
+        cross: bool = True,
+    ) -> LayerStats:
+        """No rows yet. device: of the rows, and so of all sums.
+
+        cross: whether a covariance is to have E[x y^T] beside it.
+        """
+        zeros = torch.zeros(5, n_inputs, dtype=torch.float64, device=device)
         wanted = need == "covariance", need == "covariance" and cross and n_inputs <= WIDEST
         precision = torch.float64 if n_inputs <= _FLOAT64_TO else torch.float32
         products = [
-            torch.zeros(n_inputs, n_inputs, dtype=precision) if one else None for one in wanted
+            torch.zeros(n_inputs, n_inputs, dtype=precision, device=device) if one else None
+            for one in wanted
         ]
         return cls(
             n=0,
@@ -72,8 +83,12 @@ class LayerStats:
             products_xy_II=products[1],
         )
 
-    def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+    def add(
+        self, x: Tensor, y: Tensor, weight: float = 1.0, *, shift_I: Tensor | None = None
+    ) -> None:
         """Adds rows of two tensors of equal shape (any leading axes), each counted `weight` times.
+
+        shift_I: what is subtracted from all rows, if these are the first; None: their mean.
 
         Raises:
             ValueError: a value is not finite.
@@ -83,20 +98,20 @@ class LayerStats:
         if not all(bool(torch.isfinite(torch.stack(t.aminmax())).all()) for t in (rows_x, rows_y)):
             raise ValueError("activations hold NaN or infinity")
         if self.n == 0:
-            self.shift_I = rows_x.double().mean(0)
+            self.shift_I = rows_x.double().mean(0) if shift_I is None else shift_I
         self.n += rows_x.shape[0]
         self.weight += weight * rows_x.shape[0]
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
         at = [(2 * k + 1) * len(rows_y) // (2 * _EXAMPLES) for k in range(_EXAMPLES)]
-        self.examples.append(rows_y[at])
+        self.examples.append(rows_y[torch.tensor(at)])
         coarse = self.products_yy_II is not None and self.products_yy_II.dtype == torch.float32
         precision = torch.float32 if coarse else torch.float64
-        shift_I = self.shift_I.to(precision)
+        around_I = self.shift_I.to(precision)
         at_once = min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // rows_x.shape[1]))
         chunks = zip(rows_x.split(at_once), rows_y.split(at_once), strict=True)
         for chunk_x, chunk_y in chunks:
-            shifted_x = chunk_x.to(precision) - shift_I
-            shifted_y = shifted_x if y is x else chunk_y.to(precision) - shift_I
+            shifted_x = chunk_x.to(precision) - around_I
+            shifted_y = shifted_x if y is x else chunk_y.to(precision) - around_I
             self.total_x_I = self.total_x_I + weight * shifted_x.sum(0)
             self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)

@@ -20,24 +20,24 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from hbxt_compress import disk
-from hbxt_compress.errors import StoreError, UsageError, listing
+from hbxt_compress.errors import StoreError, listing
 from hbxt_compress.journal import Journal, scratch_of
 from hbxt_compress.machine import Machine
+from hbxt_compress.ranks import ALONE, Ranks
 
 __all__ = [
     "Entry",
@@ -47,9 +47,9 @@ __all__ = [
     "Store",
     "Work",
     "canonical",
-    "publish",
 ]
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 _KEY_DIGITS = 16
 _REMEDY = "make room, or move the store to another disk and name it with --store"
@@ -70,10 +70,12 @@ class Work:
     """A result being built: a folder, and pieces that survive a kill.
 
     journal: what earlier runs finished; None: what is there is trusted, and nothing noted.
+    ranks: who builds it, each the pieces that it owns.
     """
 
     folder: Path
     journal: Journal | None = None
+    ranks: Ranks = ALONE
 
     @property
     def scratch(self) -> Path:
@@ -84,7 +86,7 @@ class Work:
 
     def expect(self, n_pieces: int) -> None:
         """Tells how many pieces there will be, for those who watch."""
-        if self.journal is not None:
+        if self.journal is not None and self.ranks.leads:
             self.journal.expect(n_pieces)
 
     def piece(
@@ -97,10 +99,36 @@ class Work:
         Raises:
             DiskFull: told before `make` is called, if there is less than it needs.
         """
-        path, journal = self.folder / name, self.journal
-        if path.exists() and (journal is None or journal.vouches_for(name)):
+        path = self.folder / name
+        if self._has(name):
             log.info("%s: found", name)
-            return path
+        else:
+            self._make(path, name, make, needs_bytes)
+        return path
+
+    def joint_piece(
+        self, name: str, make: Callable[[], T], save: Callable[[Path, T], None]
+    ) -> Path:
+        """The file or folder `name`, made by all ranks together unless an earlier run finished it.
+
+        All call `make`, the first one saves what it gets.
+        """
+        if self.ranks.by_first(lambda: self._has(name)):
+            log.info("%s: found", name)
+        elif self.ranks.leads:
+            self._make(self.folder / name, name, lambda path: save(path, make()), None)
+        else:
+            make()
+        self.ranks.barrier()
+        return self.folder / name
+
+    def _has(self, name: str) -> bool:
+        journal = self.journal
+        return (self.folder / name).exists() and (journal is None or journal.vouches_for(name))
+
+    def _make(
+        self, path: Path, name: str, make: Callable[[Path], None], needs_bytes: int | None
+    ) -> None:
         room, began = self.scratch / f"{name.replace('/', '_')}.piece", time.monotonic()
         for leftover in (path, room):
             disk.remove(leftover)
@@ -110,16 +138,16 @@ class Work:
             with disk.writing(path, needs_bytes=needs_bytes, remedy=_REMEDY):
                 make(unfinished)
                 disk.sync(unfinished)
-                if journal is not None:
-                    journal.add(name, unfinished, time.monotonic() - began)
+                if self.journal is not None:
+                    self.journal.add(name, unfinished, time.monotonic() - began)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 disk.put(unfinished, path)
             log.info("%s: made in %.1f s", name, time.monotonic() - began)
         finally:
             disk.remove(room)
-            with suppress(OSError):  # not empty: a checkpoint, or a piece that this one is part of
-                self.scratch.rmdir()
-        return path
+            if self.ranks.world == 1:  # or another rank may be about to use it
+                with suppress(OSError):  # not empty: a checkpoint, or a piece this one is part of
+                    self.scratch.rmdir()
 
 
 @runtime_checkable
@@ -131,10 +159,13 @@ class Keyed(Protocol):
 
 
 class Store:
-    """Results under one folder; safe for several processes."""
+    """Results under one folder; safe for several processes.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    ranks: the processes of this run, which build each result together.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks = ALONE) -> None:
+        self.root, self.ranks = root, ranks
         self.memo = root / "files.json"
 
     def result(self, stage: Callable[..., None], **arguments: object) -> Entry:
@@ -145,10 +176,18 @@ class Store:
         """
         folder, document = self._address(stage, arguments)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if not _record(folder).exists():
+        leads = self.ranks.leads
+        with _locked(folder) if leads else nullcontext():
+            asked, done = self.ranks.by_first(lambda: (folder.name, _record(folder).exists()))
+            if asked != folder.name:
+                raise StoreError(
+                    f"{folder}: rank {self.ranks.rank} asks for another result than rank 0 "
+                    f"({asked}); give all ranks the same code, packages and files"
+                )
+            if not done:
                 self._build(stage, arguments, folder, document)
-            _aside(folder).unlink(missing_ok=True)
+            if leads:
+                _aside(folder).unlink(missing_ok=True)
             return self._open(folder, document)
 
     def peek(self) -> Peek:
@@ -179,13 +218,16 @@ class Store:
         folder: Path,
         document: str,
     ) -> None:
-        journal = _resume(folder)
-        partial = _partial(folder)
+        partial, ranks = _partial(folder), self.ranks
+        resumed = _resume(folder) if ranks.leads else None
+        ranks.barrier()
+        journal = resumed or Journal(partial, ranks.rank)
         log.info("%s: started (%s)", stage.__name__, folder.name)
         try:
             with disk.writing(partial, remedy=_REMEDY):
-                stage(Work(partial, journal), **arguments)
-                _seal(folder, journal, document)
+                stage(Work(partial, journal, ranks), **arguments)
+                ranks.barrier()
+                ranks.by_first(lambda: _seal(folder, journal, document))
         except SafetensorError as error:  # sources are read by our own reader, which names files
             read = [str(one.folder) for one in arguments.values() if isinstance(one, Entry)]
             raise StoreError(
@@ -193,7 +235,7 @@ class Store:
                 f"damaged, delete it and its .json:\n{listing([*read, str(partial)])}"
             ) from error
         except BaseException as error:
-            error.add_note(f"{journal.progress()} pieces are finished under {partial}")
+            error.add_note(f"{Journal(partial).progress()} pieces are finished under {partial}")
             raise
 
     def _open(self, folder: Path, document: str) -> Entry:
@@ -264,6 +306,7 @@ def _resume(folder: Path) -> Journal:
     if _aside(folder).exists():
         os.replace(_aside(folder), journal.path)
         journal = Journal(partial)
+    journal.merge()
     journal.drop_strangers()
     return journal
 
@@ -272,6 +315,7 @@ def _seal(folder: Path, journal: Journal, document: str) -> None:
     """Gives a built result its name, then its record; what is journaled is not read again."""
     partial = _partial(folder)
     disk.remove(scratch_of(partial))
+    journal.merge(unchanged=True)
     files = {name: asdict(note) for name, note in journal.files().items()}
     if journal.path.exists():
         os.replace(journal.path, _aside(folder))
@@ -305,49 +349,6 @@ class Peek(Store):
         if not done:
             raise Missing
         return self._open(folder, document)
-
-
-def publish(entry: Entry, out: Path, *, mark: str) -> Path:
-    """Copies a result to `out`, whole or not at all, in place of an earlier one.
-
-    mark: the file that tells such a result; a non-empty folder without it is not ours to replace
-    and raises UsageError.
-    """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / mark).exists())):
-        raise UsageError(f"{out}: exists and holds no {mark}; choose another folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (out.with_name(f".{out.name}.{kind}") for kind in ("new", "old"))
-    if old.exists() and not out.exists():  # killed between the two renames below
-        os.replace(old, out)
-    for leftover in (fresh, old):
-        disk.remove(leftover)
-    paths = sorted(entry.folder.rglob("*"))
-    size = sum(path.stat().st_size for path in paths if path.is_file())
-    remedy = f"make room, or give an --out elsewhere; the result is whole in {entry.folder}"
-    try:
-        with disk.writing(out, needs_bytes=size, remedy=remedy):
-            _copy(entry.folder, paths, fresh)
-            disk.sync(fresh)
-    except BaseException:
-        disk.remove(fresh)
-        raise
-    if out.exists():
-        os.replace(out, old)
-    disk.put(fresh, out)
-    disk.remove(old)
-    return out
-
-
-def _copy(folder: Path, paths: Sequence[Path], to: Path) -> None:
-    """Unlike shutil.copytree, stops at the first error and keeps its number."""
-    to.mkdir()
-    for path in paths:
-        copy = to / path.relative_to(folder)
-        if path.is_dir():
-            copy.mkdir()
-        else:
-            with disk.reading(path):
-                shutil.copy2(path, copy)
 
 
 def canonical(value: object) -> Any:

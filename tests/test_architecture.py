@@ -28,7 +28,9 @@ ROWS = (
         "strict",
         "yaml_text",
         "machine",
+        "ranks",
         "store",
+        "publish",
         "journal",
         "library",
         "torchvision_ops",
@@ -64,6 +66,8 @@ SIDEWAYS = {
     ("library", "strict"): "suggestions for misspelt names",
     ("strict", "yaml_text"): "two halves of one job, each short",
     ("store", "machine"): "a machine is an argument that no key holds",
+    ("store", "ranks"): "they build a result together",
+    ("publish", "store"): "what is copied is an entry",
     ("store", "journal"): "a result being built has one",
     ("artifact", "sampler"): "a manifest carries its sampler",
     ("quantized", "layers"): "keyed by layer name",
@@ -102,8 +106,8 @@ HOMES = {
     "matplotlib": {"render"},
     "PIL": {"render", "clips"},
     "torch": {
-        "algorithms", "chain", "formats", "graph", "metrics", "models", "quantized", "reference",
-        "stages", "stats", "torchvision_ops", "trajectories", "weights",
+        "algorithms", "chain", "formats", "graph", "metrics", "models", "quantized", "ranks",
+        "reference", "stages", "stats", "torchvision_ops", "trajectories", "weights",
     },
 }  # fmt: skip
 

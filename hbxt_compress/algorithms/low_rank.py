@@ -31,7 +31,7 @@ def split_low_rank(
     if rank < 1:
         raise ValueError(f"rank {rank}: a low-rank branch needs at least one component")
     weight_OI = weight_OI.double()
-    root_I = torch.ones(weight_OI.shape[1], dtype=torch.float64)
+    root_I = weight_OI.new_ones(weight_OI.shape[1])
     if importance_I is not None and bool((importance_I > 0).any()):
         root_I = importance_I.double().clamp_min(0).sqrt()
         root_I = (root_I / root_I.max()).clamp_min(_LEAST_ROOT)
@@ -40,14 +40,14 @@ def split_low_rank(
         raise ValueError("low-rank split: the weight or its importances hold NaN or infinity")
     strong_RI = _leading(scaled_OI, min(rank, *weight_OI.shape))
     strength_R1 = strong_RI.norm(dim=1, keepdim=True)
-    down_RI = torch.zeros(rank, weight_OI.shape[1], dtype=torch.float64)
+    down_RI = weight_OI.new_zeros(rank, weight_OI.shape[1])
     down_RI[: len(strong_RI)] = strong_RI / strength_R1.sqrt().clamp_min(_LEAST) / root_I
     down_RI = down_RI.to(torch.float16)
     # `up` is fitted to `down` as stored, which makes up for most of its rounding.
     known_RI = down_RI.double() * root_I
     gram_RR = known_RI @ known_RI.T
     ridge = (gram_RR.diagonal().mean() * 1e-12).clamp_min(torch.finfo(torch.float64).tiny)
-    gram_RR = gram_RR + ridge * torch.eye(rank, dtype=torch.float64)
+    gram_RR = gram_RR + ridge * torch.eye(rank).to(gram_RR)
     up_OR = torch.linalg.solve(gram_RR, known_RI @ scaled_OI.T).T
     return down_RI, up_OR.to(torch.float16)
 
@@ -71,7 +71,7 @@ def _leading(matrix_OI: Tensor, rank: int) -> Tensor:
         generator = torch.Generator().manual_seed(_SEED)
         shape = (matrix_OI.shape[1], rank + _OVERSAMPLE)
         probe_IR = torch.randn(shape, dtype=torch.float64, generator=generator)
-        basis_OR, _ = torch.linalg.qr(matrix_OI @ probe_IR)
+        basis_OR, _ = torch.linalg.qr(matrix_OI @ probe_IR.to(matrix_OI))
         for _ in range(_POWER_STEPS):
             basis_IR, _ = torch.linalg.qr(matrix_OI.T @ basis_OR)
             basis_OR, _ = torch.linalg.qr(matrix_OI @ basis_IR)

@@ -127,7 +127,7 @@ class Moments:
             share = damping * 10**retry
             own_I = torch.where(self.dead_I, dead_I, share * self.scale)
             damped_II = _raised(self.hessian_II, own_I)
-            order_I = torch.arange(len(own_I))
+            order_I = torch.arange(len(own_I), device=own_I.device)
             if order == "activation":
                 order_I = damped_II.diagonal().argsort(descending=True, stable=True)
             factor = factorise(damped_II, order_I)
@@ -143,7 +143,7 @@ class Moments:
     def shift(self, weight_OI: Tensor, rounded_OI: Tensor) -> Tensor:
         """b = W E[x] - Q E[y], float64 O; zero if the moments are not centred."""
         if not self.centred:
-            return torch.zeros(weight_OI.shape[0], dtype=torch.float64)
+            return self.mean_x_I.new_zeros(weight_OI.shape[0])
         return weight_OI.double() @ self.mean_x_I - rounded_OI.double() @ self.mean_y_I
 
 

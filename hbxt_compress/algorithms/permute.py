@@ -50,7 +50,8 @@ class Permute(Settings):
             )
         largest = second_OF.abs().amax(0).double()
         power = channel_power(inputs_of_second).sqrt()
-        start_N1 = torch.arange(0, n_features, n_features // n_heads)[:, None]
+        starts_N = torch.arange(0, n_features, n_features // n_heads)
+        start_N1 = starts_N[:, None].to(largest.device)
         for exponent in self.powers:
             size_ND = (largest * power.pow(exponent)).reshape(n_heads, -1)
             order_ND = size_ND.argsort(dim=-1, descending=True, stable=True) + start_N1

@@ -76,14 +76,14 @@ def refit_scales(
     step_OI = old_OG.to(hessian_II).repeat_interleave(size, dim=1)
     error_OI = target_OI.to(hessian_II) - unit_OI * step_OI
     slope_OG = (error_OI @ hessian_II * unit_OI).reshape(n_out, n_groups, size).sum(2).double()
-    curve_OGG = torch.empty(n_out, n_groups, n_groups, dtype=torch.float64)
+    curve_OGG = slope_OG.new_empty(n_out, n_groups, n_groups)
     for g in range(n_groups):
         one = slice(g * size, (g + 1) * size)
         product_OI = unit_OI[:, one] @ hessian_II[one] * unit_OI
         curve_OGG[:, g] = product_OI.reshape(n_out, n_groups, size).sum(2)
     mean_O = curve_OGG.diagonal(dim1=1, dim2=2).mean(1)
     ridge_O = (_RIDGE * mean_O).clamp_min(torch.finfo(torch.float64).tiny)
-    eye_GG = torch.eye(n_groups, dtype=torch.float64)
+    eye_GG = torch.eye(n_groups).to(curve_OGG)
     solved_OG, failed_O = torch.linalg.solve_ex(
         curve_OGG + ridge_O[:, None, None] * eye_GG, slope_OG
     )

@@ -158,8 +158,8 @@ def _resume(
         kept.copy_(state[f"{i}.average"])
         adam.state[p] = {
             "step": state["step"].float(),
-            "exp_avg": state[f"{i}.first"],
-            "exp_avg_sq": state[f"{i}.second"],
+            "exp_avg": state[f"{i}.first"].to(p.device),
+            "exp_avg_sq": state[f"{i}.second"].to(p.device),
         }
     return int(state["step"])
 

@@ -58,6 +58,7 @@ class Rotate(Settings):
         block = size & -size  # the largest power of two that divides a head
         if "hadamard" in self.kinds and block > 1:
             turn_DD = torch.block_diag(*[hadamard_matrix(block)] * (size // block))
+            turn_DD = turn_DD.to(second_OF.device)
             yield "hadamard", Mixing(turn_NDD=turn_DD.expand(n_heads, -1, -1).clone())
         if "level" in self.kinds and size > 1:
             whole = inputs_of_second.fit.hessian(centred=inputs_of_second.takes_bias)
@@ -81,14 +82,15 @@ def level_turns(covariance_NDD: Tensor, damping: float) -> Tensor:
     n_heads, size, _ = covariance_NDD.shape
     mean_N = covariance_NDD.diagonal(dim1=1, dim2=2).mean(-1)
     extra_N = torch.where(mean_N > 0, damping * mean_N, torch.ones_like(mean_N))
-    unit = torch.eye(size, dtype=torch.float64)
+    device = covariance_NDD.device
+    unit = torch.eye(size, dtype=torch.float64, device=device)
     damped_NDD = covariance_NDD.double() + extra_N[:, None, None] * unit
     variance_ND, basis_NDD = torch.linalg.eigh(damped_NDD)
     variance_ND = torch.maximum(variance_ND, extra_N[:, None])
     direction_NDD = basis_NDD.mT.contiguous()  # one direction a row
     wanted_N = variance_ND.log().mean(-1).exp()
-    heads = torch.arange(n_heads)
-    left_ND = torch.ones(n_heads, size, dtype=torch.bool)
+    heads = torch.arange(n_heads, device=device)
+    left_ND = torch.ones(n_heads, size, dtype=torch.bool, device=device)
     turn_NDD = torch.empty_like(direction_NDD)
     for place in range(size - 1, 0, -1):
         strong = variance_ND.masked_fill(~left_ND, -torch.inf).argmax(-1)

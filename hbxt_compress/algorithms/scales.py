@@ -80,7 +80,8 @@ def search_scales(
     )
     find: Callable[[Tensor, Tensor | None], Found] = how.nearest if thorough else how.range_alone
     at_once = _WEIGHTS_AT_ONCE
-    if thorough and weight_OI.numel() >= _COMPILED_FROM and (compiled := _compiled(how)):
+    large = weight_OI.device.type == "cpu" and weight_OI.numel() >= _COMPILED_FROM
+    if thorough and large and (compiled := _compiled(how)):
         find, at_once = compiled, _COMPILED_AT_ONCE
     found = [
         find(chunk_OI.float().reshape(len(chunk_OI), -1, size), root_GS)

@@ -68,7 +68,7 @@ def smooth_scale(absmax_I: Tensor, weights: Sequence[Tensor], alpha: float) -> T
     if not bool(torch.isfinite(columns).all() and torch.isfinite(channels).all()):
         raise ValueError("weights or absolute maxima hold NaN or infinity")
     if alpha == 0 or not bool(columns.any()) or not bool(channels.any()):
-        return torch.ones(n_in, dtype=torch.float16)
+        return torch.ones(n_in, dtype=torch.float16, device=columns.device)
     columns = columns.clamp_min(_SMALLEST * float(columns.max()))
     channels = channels.clamp_min(_SMALLEST * float(channels.max()))
     factor = columns.pow(1 - alpha) / channels.pow(alpha)

@@ -145,11 +145,11 @@ class Mixing:
         if self.order_F is not None and self.turn_NDD is not None:
             raise ValueError("a mixing either permutes or rotates")
         if (order := self.order_F) is not None and not torch.equal(
-            order.sort().values, torch.arange(order.numel())
+            order.sort().values, torch.arange(order.numel(), device=order.device)
         ):
             raise ValueError("a mixing's order must name every feature once")
         if (turn := self.turn_NDD) is not None:
-            unit = torch.eye(turn.shape[-1], dtype=torch.float64)
+            unit = torch.eye(turn.shape[-1], dtype=torch.float64, device=turn.device)
             if not bool(((turn @ turn.mT - unit).abs() < 1e-10).all()):
                 raise ValueError("a mixing's rotation must be orthogonal, in float64")
 

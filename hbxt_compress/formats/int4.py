@@ -76,7 +76,7 @@ class Int4:
         low_rank = None
         if self.rank:
             n_out, n_in = weight_OI.shape
-            low_rank = torch.zeros(self.rank, n_in), torch.zeros(n_out, self.rank)
+            low_rank = weight_OI.new_zeros(self.rank, n_in), weight_OI.new_zeros(n_out, self.rank)
         return self.store(levels_OI, scales_OG, zeros_OG, low_rank=low_rank)
 
     def store(

@@ -176,7 +176,8 @@ class Wan:
     def decode(self, source: Source, module: nn.Module, latents_BCTHW: Tensor) -> Tensor:
         """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
         mean, std = self._statistics(source)
-        return module.decode(latents_BCTHW * std + mean, return_dict=False)[0]  # type: ignore[operator]
+        latents_BCTHW = latents_BCTHW * std.to(latents_BCTHW) + mean.to(latents_BCTHW)
+        return module.decode(latents_BCTHW, return_dict=False)[0]  # type: ignore[operator]
 
     def encode(self, source: Source, module: nn.Module, frames_BCTHW: Tensor) -> Tensor:
         """The latents that a loaded VAE's encoder holds likeliest, in the sampler's units."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,11 +25,16 @@ from hbxt_compress.weights import Weights
 
 __all__ = ["activation_payload", "round_blindly"]
 
+_CPU: Final = torch.device("cpu")
 _NUMBERS_AT_ONCE = 1 << 21  # 8 MiB in float32, and a few copies
 
 
-def round_blindly(weights: Weights, layers: Sequence[LayerPlan], path: Path) -> None:
+def round_blindly(
+    weights: Weights, layers: Sequence[LayerPlan], path: Path, device: torch.device = _CPU
+) -> None:
     """Writes the rounded weights of some layers of a component, as `save_block` does.
+
+    device: where they are rounded.
 
     Raises:
         SourceError: a weight holds NaN or infinity.
@@ -36,7 +42,7 @@ def round_blindly(weights: Weights, layers: Sequence[LayerPlan], path: Path) -> 
     """
     largest_first = sorted(layers, key=lambda layer: -layer.spec.n_weights)
     with _one_thread_a_layer() as pool:
-        rounded = list(pool.map(lambda layer: _rounded(weights, layer), largest_first))
+        rounded = list(pool.map(lambda layer: _rounded(weights, layer, device), largest_first))
     names = (layer.spec.name for layer in largest_first)
     save_block(path, dict(zip(names, rounded, strict=True)))
 
@@ -61,7 +67,7 @@ def activation_payload(layer: LayerPlan, inputs: LayerInputs | None) -> Mapping[
     return ACTIVATIONS[layer.activations].payload(absmax_I)
 
 
-def _rounded(weights: Weights, layer: LayerPlan) -> QuantizedWeight:
+def _rounded(weights: Weights, layer: LayerPlan, device: torch.device) -> QuantizedWeight:
     """One weight in its format; its payload is all of it that is in memory."""
     fmt, how, shape = FORMATS[layer.weights], layer.how, layer.spec.shape
     assert how is not None  # the plan refuses quantized formats without a rounder
@@ -71,16 +77,18 @@ def _rounded(weights: Weights, layer: LayerPlan) -> QuantizedWeight:
     payload: dict[str, Tensor] = {}
     lost = kept = 0.0
     for start in range(0, n_rows, n_at_once):
-        rows_OI = weights.rows(layer.spec.parameter, start, start + n_at_once).flatten(1)
+        rows_OI = weights.rows(layer.spec.parameter, start, start + n_at_once)
+        rows_OI = rows_OI.flatten(1).to(device)
         try:
             rounded = how.round(rows_OI, None, fmt).payload
         except ValueError as error:
             raise CalibrationError(f"{layer.spec.name} {list(shape)}: {error}") from None
         for key, part in rounded.items():
             if n_at_once == n_rows:
-                payload[key] = part
+                payload[key] = part.cpu()
                 continue
-            whole = payload.setdefault(key, part.new_empty(n_rows, *part.shape[1:]))
+            shape_of_all = n_rows, *part.shape[1:]
+            whole = payload.setdefault(key, torch.empty(shape_of_all, dtype=part.dtype))
             whole[start : start + n_at_once] = part
         lost += _energy(fmt.decode(rounded) - rows_OI)
         kept += _energy(rows_OI)

@@ -3,6 +3,7 @@
 Every prompt is denoised in full precision with the sampler that ships, from the noise the runtime
 would draw. What layers see at these states is summed up by `quantize`, for the full-precision model
 and for the half quantized one at once. One file a prompt; a killed run goes on with the next one.
+Ranks share the prompts, each with the whole model.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def calibrate(work: Work, source: Source, prompts: PromptSet, on: Machine) -> No
     model = None
     work.expect(len(prompts.prompts))
     for i, (prompt, seed) in enumerate(prompts.items()):
+        if not work.ranks.owns(i):
+            continue
         log.info(
             "calibrate: %s", prompt, extra={"progress": (i, len(prompts.prompts), "calibrate")}
         )
@@ -51,6 +54,7 @@ def calibrate(work: Work, source: Source, prompts: PromptSet, on: Machine) -> No
             model.denoise(prompt, seed).save(path)
 
         work.piece(f"prompt-{i:03d}.safetensors", make)
+    work.ranks.barrier()
     done = len(prompts.prompts)
     log.info("calibrate: done", extra={"progress": (done, done, "calibrate")})
 

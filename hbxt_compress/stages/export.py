@@ -46,7 +46,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 def export(
     work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe
 ) -> None:
-    """Writes an artifact folder as hbxt_compress.artifact describes it.
+    """Writes an artifact folder as hbxt_compress.artifact describes it. Ranks share components.
 
     model: what the user called the source; the manifest says so to `evaluate`.
 
@@ -58,9 +58,14 @@ def export(
     planned = plan.components()
     work.expect(len(planned))
     for i, component in enumerate(planned):
+        if not work.ranks.owns(i):
+            continue
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
         make = partial(_write, family, source, component, plan, quantized)
         work.piece(component, make, needs_bytes=planned[component]["after"])
+    work.ranks.barrier()
+    if not work.ranks.leads:
+        return
     _copy_texts(source, work.folder, tuple(planned))
     sizes = {
         c: {"before": planned[c]["before"], "after": component_bytes(work.folder / c)}

@@ -53,6 +53,8 @@ def noise_clips(work: Work, source: Source, prompts: PromptSet, on: Machine) -> 
     _require_long_enough(clips, size)
     encoder = None
     for i, clip in enumerate(clips.files):
+        if not work.ranks.owns(i):
+            continue
         log.info("noise_clips: %s", clip.file, extra={"progress": (i, len(clips.files), "clips")})
 
         def make(path: Path, clip: ClipFile = clip) -> None:
@@ -61,6 +63,7 @@ def noise_clips(work: Work, source: Source, prompts: PromptSet, on: Machine) -> 
             encoder.states(clip, _frames(Path(clips.folder) / clip.file, size)).save(path)
 
         work.piece(f"prompt-{i:03d}.safetensors", make)
+    work.ranks.barrier()
     done = len(clips.files)
     log.info("noise_clips: done", extra={"progress": (done, done, "clips")})
 

@@ -7,6 +7,7 @@ layer's input is multiplied with at run time. Each is kept where it helps on hel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from hbxt_compress.algorithms import INPUT_PREPARERS, PAIR_PREPARERS, AnyPreparer
 from hbxt_compress.algorithms.choose import IDENTITY, choose_mixing, choose_transform
-from hbxt_compress.algorithms.transform import Transform
+from hbxt_compress.algorithms.transform import Mixing, Transform
 from hbxt_compress.chain import layer_at
-from hbxt_compress.formats import FORMATS
+from hbxt_compress.formats import FORMATS, WeightFormat
 from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.layers import Pair
 from hbxt_compress.plan import LayerPlan
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.stages.walk import Station
 from hbxt_compress.stats import LayerInputs
 
@@ -52,6 +54,7 @@ def mix(
     planned: Mapping[str, LayerPlan],
     preparers: Sequence[AnyPreparer],
     kept: Kept,
+    ranks: Ranks = ALONE,
 ) -> dict[str, str]:
     """Mixes the features of a piece's pairs in both models.
 
@@ -77,21 +80,9 @@ def mix(
     inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance", thin=_THIN)
     for pair, makers in joined:
         first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
-        candidates = [
-            candidate
-            for maker in makers
-            for candidate in maker.candidates(
-                first.weight.data, second.weight.data, inputs[pair.second], pair.n_heads
-            )
-        ]
-        name, mixing, _ = choose_mixing(
-            first.weight.data,
-            second.weight.data,
-            inputs[pair.first],
-            inputs[pair.second],
-            (FORMATS[planned[pair.first].weights], FORMATS[planned[pair.second].weights]),
-            candidates,
-        )
+        fmts = FORMATS[planned[pair.first].weights], FORMATS[planned[pair.second].weights]
+        choose = partial(_chosen, pair, makers, first.weight.data, second.weight.data, inputs, fmts)
+        name, mixing = ranks.by_first(choose)
         if name.startswith(IDENTITY):
             continue
         untried = [chosen[pair.first]] if pair.first in chosen else []
@@ -106,6 +97,25 @@ def mix(
                 kept.replace(f"{side}.{pair.first}.bias", one.bias, bias)
             kept.replace(f"{side}.{pair.second}.weight", two.weight, mixing.second(two.weight.data))
     return chosen
+
+
+def _chosen(
+    pair: Pair,
+    makers: Sequence[Any],
+    first_FI: Tensor,
+    second_OF: Tensor,
+    inputs: Mapping[str, LayerInputs],
+    fmts: tuple[WeightFormat, WeightFormat],
+) -> tuple[str, Mixing]:
+    """Name and mixing of a pair."""
+    seen = inputs[pair.first], inputs[pair.second]
+    candidates = [
+        candidate
+        for maker in makers
+        for candidate in maker.candidates(first_FI, second_OF, seen[1], pair.n_heads)
+    ]
+    name, mixing, _ = choose_mixing(first_FI, second_OF, *seen, fmts, candidates)
+    return name, mixing
 
 
 def _too_wide(width: int, makers: Sequence[Any]) -> str:

@@ -63,7 +63,7 @@ def probe(
     """Writes damages.json: layer -> format -> lost share of the velocity's energy, 0..inf.
 
     Until that is done, hidden states of all blocks lie beside it, and how far it is: a killed run
-    goes on with the next block.
+    goes on with the next block. Rank 0 does it alone.
 
     Raises:
         CalibrationError: too few prompts, or layers whose inputs cannot be observed.
@@ -74,6 +74,8 @@ def probe(
         path.write_text(json.dumps(damages, indent=1, sort_keys=True))
 
     work.expect(1)
+    if not work.ranks.leads:
+        return
     folder = work.folder / _UNFINISHED
     work.piece(_RESULT, make)
     shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +136,7 @@ def _damages(
         )
     if waiting:
         latents = [one.latents_KCTHW[-1] for one in some]
-        tour.damages |= _decoder_damages(source, waiting, latents)
+        tour.damages |= _decoder_damages(source, waiting, latents, device)
     log.info("probe: done", extra={"progress": (1, 1, "probe")})
     return tour.damages
 
@@ -289,16 +291,16 @@ def _require_observable(source: Source, choices: Sequence[Choice], n_prompts: in
 
 @torch.no_grad()
 def _decoder_damages(
-    source: Source, choices: Sequence[Choice], latents: Sequence[Tensor]
+    source: Source, choices: Sequence[Choice], latents: Sequence[Tensor], device: torch.device
 ) -> dict[LayerName, dict[str, float]]:
     """By layer and format, what rounding it alone costs the pixels, relative to their variance.
 
     Counted one to one with errors of the velocity, which reach the pixels about as large.
     """
     family = family_of(source)
-    module = family.load(source, _DECODER)
+    module = family.load(source, _DECODER).to(device)
     shown = torch.stack(list(latents[:_N_DECODED]))
-    shown = shown[:, :, :_FRAMES_DECODED, :_SIDE_DECODED, :_SIDE_DECODED]
+    shown = shown[:, :, :_FRAMES_DECODED, :_SIDE_DECODED, :_SIDE_DECODED].to(device)
     expected = family.decode(source, module, shown)
     energy = float(expected.var())
     damages: dict[LayerName, dict[str, float]] = {}

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -31,6 +30,7 @@ from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan
 from hbxt_compress.quantized import QuantizedModel, QuantizedWeight, save_block
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.source import Source
 from hbxt_compress.stages.by_rows import activation_payload, round_blindly
 from hbxt_compress.stages.prepare import Kept, input_transform, mix
@@ -64,39 +64,47 @@ def quantize(
 
     trajectories: what calibrate wrote; None if no layer's algorithm asks for its inputs.
     n_held_out: the last prompts, to choose with. n_first: the first ones, whose rows are learned
-    from; None: all the others.
+    from; None: all the others. Ranks share the states that the model is walked with, the layers of
+    one input, and the pieces whose algorithms ask for no inputs.
 
     Raises:
         SourceError: a weight holds NaN or infinity.
         CalibrationError: a layer saw no input, or one that is not finite.
     """
-    family = family_of(source)
+    family, device = family_of(source), torch.device(on.device)
     blind = [layer for layer in layers if layer.spec.kind != "embedding"]
     tables = [layer for layer in layers if layer.spec.kind == "embedding"]
     work.expect(
         len({(layer.spec.component, layer.spec.block) for layer in blind})
         + len({layer.spec.component for layer in tables})
     )
-    for component, group in groupby(tables, key=lambda layer: layer.spec.component):
-        make = partial(round_blindly, family.weights(source, component), list(group))
-        work.piece(TABLES.format(component), make)
+    by_component = groupby(tables, key=lambda layer: layer.spec.component)
+    for i, (component, group) in enumerate(by_component):
+        weights, own = family.weights(source, component), list(group)
+        if work.ranks.owns(i):
+            make = partial(round_blindly, weights, own, device=device)
+            work.piece(TABLES.format(component), make)
+    work.ranks.barrier()
     if trajectories is not None:
         seen = [layer for layer in blind if layer.spec.component in family.chained]
         blind = [layer for layer in blind if layer.spec.component not in family.chained]
-        _require_finite(source, family, seen)  # before hours, and all of them at once
+        _require_finite(source, family, seen, work.ranks)  # before hours, and all of them at once
         observed = load_trajectories(trajectories.folder, first=n_first, last=n_held_out)
         _walk(work, source, family, seen, prepare, observed, n_held_out, on)
-    for (component, block), group in groupby(
-        blind, key=lambda layer: (layer.spec.component, layer.spec.block)
-    ):
+    by_piece = groupby(blind, key=lambda layer: (layer.spec.component, layer.spec.block))
+    for i, ((component, block), group) in enumerate(by_piece):
+        if not work.ranks.owns(i):
+            continue
         name = f"{component}.{'rest' if block is None else format(block, '03d')}.safetensors"
         log.info("quantize: %s", name)
-        make = partial(round_blindly, family.weights(source, component), list(group))
+        weights, own = family.weights(source, component), list(group)
+        make = partial(round_blindly, weights, own, device=device)
         try:
             work.piece(name, make)
         except SourceError:
             _require_finite(source, family, blind)
             raise
+    work.ranks.barrier()
     log.info("quantize: done", extra={"progress": (1, 1, "quantize")})
 
 
@@ -112,7 +120,7 @@ def _walk(
 ) -> None:
     """Rounds the layers of all components whose inputs can be observed, in running order."""
     waiting = {layer.spec.name: layer for layer in layers}
-    for station in walk(source, observed, n_held_out, torch.device(on.device)):
+    for station in walk(source, observed, n_held_out, torch.device(on.device), work.ranks):
         rounded = work.folder / TABLES.format(station.component)
         if station.piece == HEAD and rounded.exists():
             tables = QuantizedModel.load(rounded).weights
@@ -130,8 +138,8 @@ def _walk(
                 if own[0].block is not None
                 else ()
             )
-            make = partial(_piece, station, pairs, chosen, prepare)
-            path = work.piece(name, make)
+            make = partial(_piece, station, pairs, chosen, prepare, work.ranks)
+            path = work.joint_piece(name, make, save_block)
             finished = QuantizedModel.load(path).weights
             set_weights(station.sides.half.module, station.component, finished)
     if waiting:
@@ -146,36 +154,34 @@ def _piece(
     pairs: Sequence[Pair],
     chosen: Sequence[LayerPlan],
     prepare: Sequence[AnyPreparer],
-    path: Path,
-) -> None:
-    """Writes the rounded weights of a piece: group by group, each after the ones before it."""
+    ranks: Ranks,
+) -> dict[LayerName, QuantizedWeight]:
+    """The rounded weights of a piece: group by group, each after the ones before it."""
     sides, planned = station.sides, {layer.spec.module: layer for layer in chosen}
     done: dict[LayerName, QuantizedWeight] = {}
     kept = Kept()
-    mixed = mix(station, pairs, planned, prepare, kept)
+    mixed = mix(station, pairs, planned, prepare, kept, ranks)
     for group in sides.groups(station.piece, list(planned)):
         needs = {planned[module].need for module in group} - {None}
         inputs, how, transform = None, IDENTITY, Transform()
         if needs:
             need: Need = "covariance" if "covariance" in needs else "moments"
             inputs = sides.inputs(station.piece, group[:1], need)[group[0]]
-            how, transform = input_transform(station, group, planned, inputs, prepare)
+            choose = partial(input_transform, station, group, planned, inputs, prepare)
+            how, transform = ranks.by_first(choose)
+        tasks = []
         for module in group:
             layer, member = layer_at(sides.full.module, module), planned[module]
             notes = {"mixed": mixed[module]} if module in mixed else {}
             notes |= {} if transform.is_identity else {"input": how}
             seen = inputs and replace(inputs, takes_bias=layer.bias is not None)
-            done[member.spec.name] = _round(
-                layer.weight.detach().flatten(1).float(),
-                layer.bias,
-                seen,
-                member,
-                transform,
-                notes,
-            )
+            weight_OI = layer.weight.detach().flatten(1).float()
+            tasks.append(partial(_round, weight_OI, layer.bias, seen, member, transform, notes))
+        names = [planned[module].spec.name for module in group]
+        done |= zip(names, ranks.spread(tasks), strict=True)
         set_weights(sides.half.module, station.component, done)
     kept.restore()
-    save_block(path, done)
+    return done
 
 
 def _round(
@@ -199,12 +205,13 @@ def _round(
         bias_O = (0 if bias_O is None else bias_O.detach().float()) + rounded.shift_O
     n_bits = 8 * fmt.bytes(member.spec.shape) / weight_OI.numel()
     decoded_OI = fmt.decode(rounded.payload)
+    payload = {**rounded.payload, **transform.payload(), **activation_payload(member, seen)}
     return QuantizedWeight(
         format=fmt.name,
-        payload={**rounded.payload, **transform.payload(), **activation_payload(member, seen)},
+        payload={key: tensor.cpu() for key, tensor in payload.items()},
         shape=member.spec.shape,
         loss=measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits, rounded.target_OI),
-        bias_O=None if bias_O is None else bias_O.detach().float().clone(),
+        bias_O=None if bias_O is None else bias_O.detach().float().clone().cpu(),
         notes={**rounded.notes, **notes},
     )
 
@@ -214,11 +221,14 @@ def _weight(source: Source, family: Family, member: LayerPlan) -> Tensor:
     return weights.unchecked(member.spec.parameter).flatten(1)
 
 
-def _require_finite(source: Source, family: Family, layers: Sequence[LayerPlan]) -> None:
-    broken = [
+def _require_finite(
+    source: Source, family: Family, layers: Sequence[LayerPlan], ranks: Ranks = ALONE
+) -> None:
+    own = [
         f"{layer.spec.name} {list(layer.spec.shape)}"
-        for layer in layers
+        for layer in ranks.share(layers)
         if not bool(torch.isfinite(_weight(source, family, layer).float()).all())
     ]
+    broken = sorted(name for part in ranks.gathered(own) for name in part)
     if broken:
         raise SourceError(f"{source.folder}: weights with NaN or infinity:\n{listing(broken)}")

@@ -53,11 +53,14 @@ def refine(
 ) -> None:
     """Writes `<component>.safetensors` for every component with quantized weights or floats.
 
-    Where the solver is refitted, `<component>.sampler.json` has `corrections` and `notes`.
+    Where the solver is refitted, `<component>.sampler.json` has `corrections` and `notes`. Rank 0
+    does it alone.
 
     Raises:
         CalibrationError: no observed step of a component, or no held-out prompt.
     """
+    if not work.ranks.leads:
+        return
     model = QuantizedModel.load(quantized.folder)
     family, device = family_of(source), torch.device(on.device)
     observed = load_trajectories(trajectories.folder)

@@ -30,7 +30,10 @@ def report(
     """Writes report.json, .md, .html, clips and clips.png (a reference row, then its candidate's).
 
     weights: what `weights_at_hand` said, so that a metric is measured again once its weights are.
+    Rank 0 does it alone.
     """
+    if not work.ranks.leads:
+        return
     accept = cast(Mapping[str, Any], artifact.manifest.recipe["document"])["accept"]
     sides = ClipSet.load(reference.folder), ClipSet.load(candidate.folder)
     pairs = zip(*(side.clips[:_IN_PICTURE] for side in sides), strict=True)

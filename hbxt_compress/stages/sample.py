@@ -29,13 +29,15 @@ def sample(
     """Writes the ClipSet of `items`, (prompt, seed) pairs, with the latents after every step.
 
     Unhealthy clips are kept: judging them is the report's job. A killed run goes on with the next
-    clip.
+    clip. Ranks share the clips.
     """
     work.expect(len(items))
     with Runtime.open(
         artifact.folder, provider="cpu", n_threads=on.n_threads, keep=True
     ) as runtime:
         for i, (prompt, seed) in enumerate(items):
+            if not work.ranks.owns(i):
+                continue
             log.info("sample: %s", prompt, extra={"progress": (i, len(items), "sample")})
 
             def make(path: Path, prompt: str = prompt, seed: int = seed) -> None:
@@ -44,5 +46,7 @@ def sample(
                 ).save(path)
 
             work.piece(ClipSet.file_name(i), make)
-    ClipSet.seal(work.folder, list(items))
+    work.ranks.barrier()
+    if work.ranks.leads:
+        ClipSet.seal(work.folder, list(items))
     log.info("sample: done", extra={"progress": (len(items), len(items), "sample")})

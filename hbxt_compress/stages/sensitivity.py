@@ -144,7 +144,7 @@ class _Gathered:
         if batch.held_out not in self._sides:
             widths = [one.stop - one.start for one in self._slices]
             self._sides[batch.held_out] = [
-                LayerStats.empty(n, "covariance", cross=False) for n in widths
+                LayerStats.empty(n, "covariance", given.device, cross=False) for n in widths
             ]
         for columns, stats in zip(self._slices, self._sides[batch.held_out], strict=True):
             part = given[..., columns]

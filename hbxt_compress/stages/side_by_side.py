@@ -7,15 +7,17 @@ boundary are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hbxt_compress.chain import Carry, Chain, layer_at, watch
 from hbxt_compress.errors import CalibrationError
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.stages.products import products_for
+from hbxt_compress.stages.together import agreed_shifts, sum_up
 from hbxt_compress.stats import WIDEST, LayerInputs, LayerStats, Need
 
 __all__ = ["HEAD", "TAIL", "Batch", "SideBySide"]
@@ -43,16 +45,38 @@ class Batch:
         return replace(self, full=full, half=half, rows_BS=rows)
 
 
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """Statistics, and where what was added stands among the batches of all ranks."""
+
+    stats: LayerStats
+    places: list[tuple[bool, int]] = field(default_factory=list)
+
+    def summed_up(self, ranks: Ranks) -> LayerStats:
+        """Those of all ranks."""
+        sum_up(ranks, self.stats, self.places)
+        return self.stats
+
+
 class SideBySide:
     """Two chains of one shape and what they have computed so far for every batch.
 
     half: the full one itself where nothing will be quantized; then everything is computed once.
+    batches: of several ranks each has its own, which go round; statistics are of all.
     """
 
-    def __init__(self, full: Chain, half: Chain, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, full: Chain, half: Chain, batches: Sequence[Batch], ranks: Ranks = ALONE
+    ) -> None:
         self.full, self.half, self.batches = full, half, batches
         self._carries: list[tuple[Carry, Carry]] = []
         self.outputs: list[tuple[Tensor, Tensor]] = []
+        self._ranks = ranks
+        held_out = ranks.gathered([batch.held_out for batch in batches])
+        self._held_out = [
+            held_out[place % ranks.world][place // ranks.world]
+            for place in range(sum(map(len, held_out)))
+        ]
 
     @property
     def pieces(self) -> list[str]:
@@ -75,6 +99,9 @@ class SideBySide:
 
     def groups(self, piece: str, modules: Sequence[str]) -> list[list[str]]:
         """The modules that a piece calls, in order of their calls, those of one input together."""
+        return self._ranks.by_first(lambda: self._groups(piece, modules))
+
+    def _groups(self, piece: str, modules: Sequence[str]) -> list[list[str]]:
         named = {name: self.full.module.get_submodule(name) for name in modules}
         seen = watch(named, lambda: self._run(self.full, piece, 0), stop=False)
         groups: list[tuple[Tensor, list[str]]] = []
@@ -97,40 +124,80 @@ class SideBySide:
         Raises:
             CalibrationError: an input is not finite.
         """
-        found: dict[str, dict[bool, LayerStats]] = {module: {} for module in modules}
-        for batch, full, half in self._observed(piece, modules, thin):
-            for module, sides in found.items():
-                x = _counted(batch, full[module])
-                y = x if half is full else _counted(batch, half[module])
-                held_out = batch.held_out and x.shape[-1] <= WIDEST
-                if held_out not in sides:
-                    sides[held_out] = LayerStats.empty(x.shape[-1], need)
-                try:
-                    with products_for(self.full):
-                        sides[held_out].add(x, y, batch.weight)
-                except ValueError as error:
-                    raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
+        found: dict[str, dict[bool, _Sums]] = {module: {} for module in modules}
+        for held_out in (False, True):
+            chosen = self._chosen(held_out, thin)
+            begun = not chosen
+            for place in filter(self._ranks.owns, chosen):
+                batch, rows = self._rows(piece, modules, place)
+                if not begun:
+                    self._begin(found, need, chosen[0], held_out, rows)
+                    begun = True
+                for module, (x, y) in rows.items():
+                    sums = found[module][held_out and x.shape[-1] <= WIDEST]
+                    sums.places.append((held_out, place))
+                    try:
+                        with products_for(self.full):
+                            sums.stats.add(x, y, batch.weight, shift_I=sums.stats.shift_I)
+                    except ValueError as error:
+                        raise CalibrationError(
+                            f"{module}: {error}; no statistics can be had"
+                        ) from None
+            if not begun:
+                self._begin(found, need, chosen[0], held_out, None)
         return {module: self._inputs(module, sides) for module, sides in found.items()}
 
-    def _inputs(self, module: str, sides: Mapping[bool, LayerStats]) -> LayerInputs:
+    def _chosen(self, held_out: bool, thin: int) -> list[int]:
+        """Places, among those of all ranks, of the batches that are run."""
+        return [
+            place
+            for place, held in enumerate(self._held_out)
+            if held == held_out and (held or not place % thin)
+        ]
+
+    def _begin(
+        self,
+        found: Mapping[str, dict[bool, _Sums]],
+        need: Need,
+        place: int,
+        held_out: bool,
+        rows: Mapping[str, tuple[Tensor, Tensor]] | None,
+    ) -> None:
+        """Starts sums that are not there yet, around what the batch at a place looks like."""
+        first = None if rows is None else {module: x for module, (x, _) in rows.items()}
+        shifts = agreed_shifts(self._ranks, place % self._ranks.world, first)
+        for module, shift_I in shifts.items():
+            side = held_out and len(shift_I) <= WIDEST
+            if side not in found[module]:
+                device = layer_at(self.full.module, module).weight.device
+                stats = LayerStats.empty(len(shift_I), need, device)
+                stats.shift_I = shift_I.to(device)
+                found[module][side] = _Sums(stats=stats)
+
+    def _inputs(self, module: str, sides: Mapping[bool, _Sums]) -> LayerInputs:
         if False not in sides:
             raise CalibrationError(f"{module}: no calibration rows; give more prompts")
+        stats = {side: sums.summed_up(self._ranks) for side, sums in sorted(sides.items())}
         return LayerInputs(
-            fit=sides[False],
-            held_out=sides.get(True),
+            fit=stats[False],
+            held_out=stats.get(True),
             takes_bias=layer_at(self.full.module, module).bias is not None,
         )
 
-    def _observed(
-        self, piece: str, modules: Sequence[str], thin: int
-    ) -> Iterator[tuple[Batch, Mapping[str, Tensor], Mapping[str, Tensor]]]:
-        for i, batch in enumerate(self.batches):
-            if i % thin and not batch.held_out:
-                continue
-            full = self._watched(self.full, piece, modules, i)
-            alike = self.half is self.full
-            half = full if alike else self._watched(self.half, piece, modules, i)
-            yield batch, full, half
+    def _rows(
+        self, piece: str, modules: Sequence[str], place: int
+    ) -> tuple[Batch, dict[str, tuple[Tensor, Tensor]]]:
+        """A batch of this rank, and by module the rows that count in both models."""
+        index = place // self._ranks.world
+        batch = self.batches[index]
+        full = self._watched(self.full, piece, modules, index)
+        alike = self.half is self.full
+        half = full if alike else self._watched(self.half, piece, modules, index)
+        rows = {}
+        for module in modules:
+            x = _counted(batch, full[module])
+            rows[module] = x, x if half is full else _counted(batch, half[module])
+        return batch, rows
 
     def _watched(
         self, chain: Chain, piece: str, modules: Sequence[str], index: int

@@ -120,7 +120,10 @@ def make_student(
         if path == name or len(weight.shape) != 2:
             continue
         if not isinstance(student.get_submodule(path), nn.Embedding):
-            bias = layer_at(student, path).bias if weight.bias_O is None else weight.bias_O
+            layer = layer_at(student, path)
+            bias = layer.bias if weight.bias_O is None else weight.bias_O
+            payload = {key: part.to(layer.weight.device) for key, part in weight.payload.items()}
+            weight = replace(weight, payload=payload)
             student.set_submodule(path, QuantizedLinear(weight, bias))
     return student.requires_grad_(False)
 

@@ -14,6 +14,7 @@ from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName, LayerSpec
 from hbxt_compress.models import family_of
 from hbxt_compress.quantized import QuantizedWeight
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import Texts, text_batches, transformer_batches
 from hbxt_compress.stages.side_by_side import HEAD, TAIL, SideBySide
@@ -36,9 +37,11 @@ def walk(
     trajectories: Sequence[Trajectory],
     n_held_out: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Station]:
     """Every piece of every component that can be observed, in the order in which they run.
 
+    Of several ranks each takes its share of the batches through all pieces.
     Who receives a station changes `sides.half` as they like; on the next one both models have
     passed it, and its weights are gone from memory.
     """
@@ -57,14 +60,24 @@ def walk(
             batches = transformer_batches(trajectories, texts, n_held_out, sampler, second=second)
         if not batches:  # no observed step of this expert: its layers stay unseen
             continue
-        sides = SideBySide(full, half, [batch.to(device) for batch in batches])
+        own = [batch.to(device) for batch in ranks.share(batches)]
+        sides = SideBySide(full, half, own, ranks)
         for piece in sides.pieces:
             sides.enter(piece)
             yield Station(component=component, piece=piece, sides=sides)
             sides.advance(piece)
             sides.leave(piece)
         if component == "text_encoder":
-            texts = {i: out for (i, _), out in zip(numbered, sides.outputs, strict=True)}
+            texts = _all_texts(ranks, [i for i, _ in numbered], sides.outputs)
+
+
+def _all_texts(
+    ranks: Ranks, prompts: Sequence[int], outputs: Sequence[tuple[Tensor, Tensor]]
+) -> Texts:
+    """Every prompt's text, on the CPU, from the ranks that have passed it."""
+    own = zip(ranks.share(prompts), outputs, strict=True)
+    parts = ranks.gathered({i: (full.cpu(), half.cpu()) for i, (full, half) in own})
+    return {i: text for part in parts for i, text in part.items()}
 
 
 def members(station: Station, waiting: Sequence[LayerSpec]) -> list[LayerSpec]:

@@ -18,7 +18,8 @@ from filelock import FileLock
 from hbxt_compress import disk, store
 from hbxt_compress.errors import DiskFull
 from hbxt_compress.journal import Journal, file_sha256
-from hbxt_compress.store import Entry, Store, Work, publish
+from hbxt_compress.publish import publish
+from hbxt_compress.store import Entry, Store, Work
 from tests.forked import wait_for
 
 VERSION = 1

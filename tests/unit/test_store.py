@@ -9,7 +9,8 @@ import pytest
 
 from hbxt_compress.errors import StoreError, UsageError
 from hbxt_compress.machine import Machine
-from hbxt_compress.store import Entry, Missing, Store, Work, _version, canonical, publish
+from hbxt_compress.publish import publish
+from hbxt_compress.store import Entry, Missing, Store, Work, _version, canonical
 
 VERSION = 1
 FACTS = ("numpy",)
