@@ -38,14 +38,22 @@ from hbxt_compress.stages.tape import LOOSE, Tape
 from hbxt_compress.store import Entry, Work
 from hbxt_compress.trajectories import load_trajectories
 
-__all__ = ["FACTS", "VERSION", "probe", "read_damages"]
+__all__ = [
+    "FACTS",
+    "LEAST_SAMPLES",
+    "N_HELD_OUT",
+    "N_PROMPTS",
+    "VERSION",
+    "probe",
+    "read_damages",
+]
 
 VERSION = 3
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
-_N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
-_N_HELD_OUT = 3  # of them
-_LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
+N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
+N_HELD_OUT = 3  # of them
+LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
 _N_SHARES = 4  # of the samples: a prompt's text answers for each share by itself
 _TEXT = 2  # which input of a transformer the text is
 _ENCODER, _DECODER = "text_encoder", "vae_decoder"
@@ -90,9 +98,9 @@ def _damages(
 ) -> dict[LayerName, dict[str, float]]:
     every = load_trajectories(trajectories.folder)
     _require_observable(source, choices, len(every))
-    n = min(_N_PROMPTS, len(every))
+    n = min(N_PROMPTS, len(every))
     some = [every[i] for i in torch.linspace(0, len(every) - 1, n).round().int().tolist()]
-    held_out = min(_N_HELD_OUT, n - 1)
+    held_out = min(N_HELD_OUT, n - 1)
     family, tour = family_of(source), _Tour(source, choices, device, folder)
     numbered = text_batches(some, held_out)
     encoder = tour.there(_ENCODER, [batch for _, batch in numbered])
@@ -238,7 +246,7 @@ class _Tour:
 def _signs(tape: Tape, source: torch.Generator) -> list[list[Tensor]]:
     """For each batch random signs like its output, once or more, in all of its weight's energy."""
     n_states = sum(len(velocity) for velocity in tape.outputs)
-    n = math.ceil(_LEAST_SAMPLES / n_states)
+    n = math.ceil(LEAST_SAMPLES / n_states)
     return [
         [
             (torch.randint(0, 2, velocity.shape, generator=source) * 2.0 - 1).to(velocity)
