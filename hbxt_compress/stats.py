@@ -52,10 +52,10 @@ class LayerStats:
     examples: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, n_inputs: int, need: Need) -> LayerStats:
-        """No rows yet."""
+    def empty(cls, n_inputs: int, need: Need, *, cross: bool = True) -> LayerStats:
+        """No rows yet. cross: whether a covariance is to have E[x y^T] beside it."""
         zeros = torch.zeros(5, n_inputs, dtype=torch.float64)
-        wanted = need == "covariance", need == "covariance" and n_inputs <= WIDEST
+        wanted = need == "covariance", need == "covariance" and cross and n_inputs <= WIDEST
         precision = torch.float64 if n_inputs <= _FLOAT64_TO else torch.float32
         products = [
             torch.zeros(n_inputs, n_inputs, dtype=precision) if one else None for one in wanted
@@ -78,8 +78,9 @@ class LayerStats:
         Raises:
             ValueError: a value is not finite.
         """
-        rows_x, rows_y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, y))
-        if not bool(torch.isfinite(rows_x).all() and torch.isfinite(rows_y).all()):
+        rows_x = x.detach().reshape(-1, x.shape[-1]).float()
+        rows_y = rows_x if y is x else y.detach().reshape(-1, y.shape[-1]).float()
+        if not all(bool(torch.isfinite(torch.stack(t.aminmax())).all()) for t in (rows_x, rows_y)):
             raise ValueError("activations hold NaN or infinity")
         if self.n == 0:
             self.shift_I = rows_x.double().mean(0)
@@ -88,10 +89,14 @@ class LayerStats:
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
         at = [(2 * k + 1) * len(rows_y) // (2 * _EXAMPLES) for k in range(_EXAMPLES)]
         self.examples.append(rows_y[at])
+        coarse = self.products_yy_II is not None and self.products_yy_II.dtype == torch.float32
+        precision = torch.float32 if coarse else torch.float64
+        shift_I = self.shift_I.to(precision)
         at_once = min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // rows_x.shape[1]))
         chunks = zip(rows_x.split(at_once), rows_y.split(at_once), strict=True)
         for chunk_x, chunk_y in chunks:
-            shifted_x, shifted_y = (c.double() - self.shift_I for c in (chunk_x, chunk_y))
+            shifted_x = chunk_x.to(precision) - shift_I
+            shifted_y = shifted_x if y is x else chunk_y.to(precision) - shift_I
             self.total_x_I = self.total_x_I + weight * shifted_x.sum(0)
             self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)

@@ -204,8 +204,10 @@ def test_plan_predicts_by_stage_before_anything_is_measured(
 def test_quantize_refuses_what_the_machine_has_no_room_for(
     hbxt: Run, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[str] = []
-    monkeypatch.setattr(pipeline, "compress", lambda *_, **__: started.append("run"))
+    def begun(*_: object, **__: object) -> Path:
+        raise SourceError("begun")
+
+    monkeypatch.setattr(pipeline, "compress", begun)
     monkeypatch.setattr(pipeline, "is_small", lambda *_: False)
     monkeypatch.setattr(prediction, "free_memory", lambda: 10**8)
     monkeypatch.setattr(prediction, "free_bytes", lambda _: 1000)
@@ -215,9 +217,9 @@ def test_quantize_refuses_what_the_machine_has_no_room_for(
     assert "memory: 0.6 GB at the peak of export, 0.1 GB are available" in hbxt.err
     assert f"disk: 0.0 GB for {tmp_path / 'store'}" in hbxt.err
     assert "--force" in hbxt.err
-    assert not started
-    hbxt(*asked, "--force")
-    assert started == ["run"]
+    assert "begun" not in hbxt.err
+    assert hbxt(*asked, "--force") == 2
+    assert hbxt.err == "error: begun\n"
 
 
 @pytest.mark.parametrize("name", library.names("recipes"))

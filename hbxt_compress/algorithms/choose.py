@@ -86,7 +86,7 @@ class _Price:
         whole = torch.linalg.solve_triangular(factor.unit_II, half.mT.contiguous(), upper=True)
         held_out = torch.empty_like(factor.pivots_I)
         held_out[order] = whole.diagonal()
-        return cls(fit_I=factor.pivots_I, held_out_I=held_out.clamp_min(0))
+        return cls(fit_I=factor.pivots_I.double(), held_out_I=held_out.clamp_min(0).double())
 
 
 def output_error(weight_OI: Tensor, rounded_OI: Tensor, inputs: LayerInputs) -> float:
@@ -291,7 +291,7 @@ def _held_out(inputs: LayerInputs) -> Tensor:
 
 def _energy(weight_OI: Tensor, hessian_II: Tensor) -> float:
     """Sum over the rows of w H w^T."""
-    exact = weight_OI.double()
+    exact = weight_OI.to(hessian_II)
     return float((exact @ hessian_II * exact).sum())
 
 

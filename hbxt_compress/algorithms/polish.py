@@ -35,7 +35,7 @@ def descend(
     scale_IO, zero_IO = steps(grid, order_I, hessian_II.dtype)
     low_IO, high_IO = -grid.below - zero_IO, grid.above - zero_IO
     units_IO = levels_OI.to(hessian_II).T[order_I] - zero_IO
-    hessian_II = hessian_II[order_I][:, order_I]
+    hessian_II = hessian_II[order_I[:, None], order_I]
     gradient_IO = hessian_II @ (target_OI.to(hessian_II).T[order_I] - units_IO * scale_IO)
     curve_I = hessian_II.diagonal()
     n_changed = 0

@@ -42,7 +42,7 @@ _RATIOS_NEAR_1 = tuple(r for r in _RATIOS if 0.5 < r < 1.3)
 _N_REFITS = 2
 _WEIGHTS_AT_ONCE = 1 << 18  # of a chunk of rows: its few copies stay near the core
 _COMPILED_AT_ONCE = 1 << 22  # weights of a chunk in compiled code, which keeps no copies
-_COMPILED_FROM = 1 << 20  # weights: compiling takes as long as searching some ten million
+_COMPILED_FROM = 1 << 19  # weights: compiling takes as long as searching some ten million
 _VARIANTS = 64  # of compiled code: formats, norms, with importances or without, one group or many
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 

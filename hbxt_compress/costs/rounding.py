@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from hbxt_compress.algorithms import AnyPreparer
 from hbxt_compress.algorithms.gptq import Gptq
+from hbxt_compress.algorithms.hadamard import Hadamard
 from hbxt_compress.algorithms.permute import Permute
 from hbxt_compress.algorithms.rotate import Rotate
+from hbxt_compress.algorithms.scale import Scale
+from hbxt_compress.algorithms.smooth_quant import SmoothQuant
 from hbxt_compress.costs.counting import REUSED_BYTES
 from hbxt_compress.costs.work import Kind, Work
 from hbxt_compress.formats import FORMATS
@@ -21,6 +24,7 @@ from hbxt_compress.stages.by_rows import NUMBERS_AT_ONCE
 from hbxt_compress.stats import WIDEST
 
 __all__ = [
+    "COMPILED_FROM",
     "Precision",
     "blind_work",
     "gptq_bytes",
@@ -33,12 +37,14 @@ __all__ = [
     "search_work",
     "statistics_bytes",
     "statistics_work",
+    "transform_work",
 ]
 
 _FLOAT64_TO = 2048  # inputs, as in stats.py
-_COMPILED_FROM = 1 << 20  # weights, as in algorithms/scales.py
+COMPILED_FROM = 1 << 19  # weights, as in algorithms/scales.py
 _JUDGED_ROWS, _ROWS_AT_ONCE = 128, 2048  # as in algorithms/gptq.py
-_SAMPLED = 1 << 16  # weights, as in algorithms/choose.py
+_SAMPLED, _LEAST_ROWS = 1 << 16, 16  # weights and rows, as in algorithms/choose.py
+_SIZE_PASSES = 4  # over a weight in scale.input_scale: finite, sizes, float64, squares
 # Beside the search, rounding to nearest takes 12 ns a weight (levels, payload, decoding, losses)
 # where 27 GB/s are moved: Rtn of 680 x 3072, int4-g128, one thread.
 _NEAREST_BYTES = 330
@@ -46,8 +52,8 @@ _NEAREST_BYTES = 330
 _STATISTICS_BYTES = 100
 # I I matrices alive at the peak of gptq.Gptq.round, counted in its code: statistics of both sides
 # (4), moments (2), the judge's (2), three problems of 3, two temporaries of a factor; without
-# E[x y^T] and held-out rows: statistics, moments, the damped copy, three of a factor.
-_MATRICES, _MATRICES_BLIND = 19, 6
+# E[x y^T] and held-out rows: statistics, moments, the damped copy, two of a factor.
+_MATRICES, _MATRICES_BLIND = 19, 5
 _ROW_ARRAYS = 10  # of 2048 rows, in feedback.feed_back and polish.descend
 
 
@@ -75,7 +81,7 @@ def numbers(n: float, passes: float, n_bytes: int) -> Work:
 
 def search_work(n_weights: float, norm: float = 2.0) -> Work:
     """scales.search_scales of one weight."""
-    if n_weights < _COMPILED_FROM:
+    if n_weights < COMPILED_FROM:
         return Work.of(search_eager=n_weights)
     return Work.of(**{"search" if norm == 2.0 else "search_power": n_weights})
 
@@ -91,11 +97,16 @@ def blind_work(layer: LayerPlan) -> Work:
     return work + search_work((n - rest) / max(1, whole), norm) * whole + search_work(rest, norm)
 
 
-def statistics_work(n_rows: float, n_in: int, *, products: str, covariance: bool) -> Work:
-    """stats.LayerStats.add of rows of both models; products: the kind its float32 ones are."""
+def statistics_work(
+    n_rows: float, n_in: int, *, products: str, covariance: bool, cross: bool = True
+) -> Work:
+    """stats.LayerStats.add of rows of both models; products: the kind its float32 ones are.
+
+    cross: E[x y^T] is wanted, too.
+    """
     work = numbers(n_rows * n_in, _STATISTICS_BYTES / 8, 4)
     if covariance:
-        n_products = 2 if n_in <= WIDEST else 1
+        n_products = 2 if cross and n_in <= WIDEST else 1
         work += Work.of(**{products: 2.0 * n_products * n_rows * n_in**2})
     return work
 
@@ -174,6 +185,36 @@ def mixing_work(
             work += (price_work(width) + turned) * n_tried
         work += Work.of(search_eager=2 * _SAMPLED) * n_tried
     return work
+
+
+def transform_work(preparers: Sequence[AnyPreparer], members: Sequence[LayerPlan]) -> Work:
+    """choose.choose_transform for the layers of one input: an estimate for each candidate.
+
+    A scaling also looks at all weights for its largest columns; a rotation has a price of its own.
+    """
+    n_in = members[0].spec.n_weights // members[0].spec.shape[0]
+    looked_at, work = Work(), Work()
+    for one in members:
+        looked_at += numbers(one.spec.n_weights, _SIZE_PASSES, 8)
+    n_tried = 0
+    for preparer in preparers:
+        if isinstance(preparer, Scale):
+            n_scales = len(preparer.alphas) * len(preparer.betas)
+            n_tried += n_scales
+            work += looked_at * n_scales
+        elif isinstance(preparer, SmoothQuant):
+            n_tried += len(preparer.alphas)
+            work += looked_at * len(preparer.alphas)
+        elif isinstance(preparer, Hadamard):
+            n_blocks = len([block for block in preparer.blocks if n_in % block == 0])
+            n_turns = n_blocks * (1 + len(preparer.scales))
+            n_tried += n_turns
+            work += looked_at * len(preparer.scales) + price_work(n_in) * n_turns
+    if not n_tried:
+        return Work()
+    sampled = sum(min(one.spec.n_weights, max(_SAMPLED, _LEAST_ROWS * n_in)) for one in members)
+    estimate = Work.of(search_eager=sampled, call=200 * len(members))
+    return work + price_work(n_in) + estimate * (1 + n_tried)
 
 
 def _feedback(n_out: int, n_in: int, kind: Precision) -> Work:

@@ -15,6 +15,7 @@ from hbxt_compress.algorithms.gptq import Gptq
 from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.costs.counting import Group, Passes
 from hbxt_compress.costs.rounding import (
+    COMPILED_FROM,
     blind_work,
     gptq_bytes,
     gptq_work,
@@ -23,6 +24,7 @@ from hbxt_compress.costs.rounding import (
     numbers,
     statistics_bytes,
     statistics_work,
+    transform_work,
 )
 from hbxt_compress.costs.shown import Batches, ShownModel, whole
 from hbxt_compress.costs.work import Work
@@ -69,7 +71,7 @@ _STUDENT_PASSES = 12  # over a weight in a step of recovery: decoding there and 
 _ADAM_PASSES = 10  # over a number that is tuned
 _BACKWARD = 3.0  # a forward and its gradients, in forwards
 _THIN = 5  # as in stages/prepare.py
-_COARSE_FROM = 1_000_000_000  # parameters, as in stages/side_by_side.py
+_COARSE_FROM = 1_000_000_000  # parameters, as in chain.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +272,8 @@ def _walked(
                     )
                 n_in = batches[0].passes.groups[i].n_in
                 stats_peak = max(stats_peak, statistics_bytes(n_in, covariance=covariance))
+                if covariance and learnt[1]:
+                    work += transform_work(recipe.prepare, members)
             for one in members:
                 n_out, n_in = one.spec.shape[0], one.spec.n_weights // one.spec.shape[0]
                 if isinstance(one.how, Gptq):
@@ -285,7 +289,8 @@ def _walked(
     passing = max(_alive(one.passes) for one in batches)
     loose = max(0.0, parameters - bits * n_blocks)
     tables = _table_parameters(model, component)
-    held = 8.0 * bits + 8.0 * max(0.0, loose - tables) + states + shared
+    each = 4.0 if products == "coarse" else 8.0  # bytes of a weight in both models
+    held = each * bits + 8.0 * max(0.0, loose - tables) + states + shared
     block_payload = _PAYLOAD_BYTES * bits
     return work, held + block_payload + max(passing, rounding_peak, stats_peak)
 
@@ -371,7 +376,7 @@ def _searched(layer: LayerPlan) -> tuple[object, ...]:
     rows = layer.spec.n_weights
     if isinstance(layer.how, Gptq):
         rows = min(layer.spec.shape[0], 2048) * (layer.spec.n_weights // layer.spec.shape[0])
-    if rows < 1 << 20 or getattr(layer.how, "search", "") == "none":
+    if rows < COMPILED_FROM or getattr(layer.how, "search", "") == "none":
         return ()
     fmt, weighted = FORMATS[layer.weights], layer.how is not None and layer.how.need is not None
     return (*fmt.n_levels, fmt.asymmetric, getattr(layer.how, "norm", 2.0), weighted)

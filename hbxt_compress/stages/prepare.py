@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms import INPUT_PREPARERS, PAIR_PREPARERS, AnyPreparer
@@ -37,7 +38,7 @@ class Kept:
     def replace(self, path: str, parameter: Tensor, value: Tensor) -> None:
         """Gives a parameter another value until `restore`."""
         self._kept.setdefault(path, (parameter, parameter.data))
-        parameter.data = value.to(parameter)
+        parameter.data = value.to(parameter.device, torch.float32)
 
     def restore(self) -> None:
         """Every parameter as it was."""

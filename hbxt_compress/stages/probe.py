@@ -32,6 +32,7 @@ from hbxt_compress.models import family_of
 from hbxt_compress.plan import FULL_PRECISION, Choice
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import text_batches, transformer_batches
+from hbxt_compress.stages.products import products_for
 from hbxt_compress.stages.sensitivity import Sensitivity, arrive, leave
 from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.tape import LOOSE, Tape
@@ -40,9 +41,11 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = [
     "FACTS",
+    "LARGE",
     "LEAST_SAMPLES",
     "N_HELD_OUT",
     "N_PROMPTS",
+    "N_PROMPTS_OF_LARGE",
     "VERSION",
     "probe",
     "read_damages",
@@ -52,6 +55,8 @@ VERSION = 3
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
+LARGE = 1_000_000_000  # parameters of a component
+N_PROMPTS_OF_LARGE = 3  # of which a damage is known to 1 dB, not 0.3 dB
 N_HELD_OUT = 3  # of them
 LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
 _N_SHARES = 4  # of the samples: a prompt's text answers for each share by itself
@@ -98,10 +103,12 @@ def _damages(
 ) -> dict[LayerName, dict[str, float]]:
     every = load_trajectories(trajectories.folder)
     _require_observable(source, choices, len(every))
-    n = min(N_PROMPTS, len(every))
+    family = family_of(source)
+    large = any(n > LARGE for n in family.parameters(source).values())
+    n = min(N_PROMPTS_OF_LARGE if large else N_PROMPTS, len(every))
     some = [every[i] for i in torch.linspace(0, len(every) - 1, n).round().int().tolist()]
     held_out = min(N_HELD_OUT, n - 1)
-    family, tour = family_of(source), _Tour(source, choices, device, folder)
+    tour = _Tour(source, choices, device, folder)
     numbered = text_batches(some, held_out)
     encoder = tour.there(_ENCODER, [batch for _, batch in numbered])
     # Leaves of autograd: a batch's gradient finds its way to the texts that it was made of.
@@ -121,7 +128,7 @@ def _damages(
             batch.weight * float(velocity.square().sum())
             for batch, velocity in zip(tape.batches, tape.outputs, strict=True)
         )
-        tape.start(_signs(tape, signs))
+        tape.start(_signs(tape, signs, 1 if large else LEAST_SAMPLES))
         tour.back(component, tape, energy)
         total += energy
         _share_out(tape, leaves, shares)
@@ -169,7 +176,7 @@ class _Tour:
                 known = json.loads(path.read_text())
                 self._known |= {own[k].spec.name: Sensitivity.from_json(known[k]) for k in known}
                 continue
-            with tape.at(piece):
+            with tape.at(piece), products_for(chain):
                 found = leave(chain.module, own, tape.forward(piece, list(own)))
             self._known |= {own[module].spec.name: one for module, one in found.items()}
             unfinished = path.with_suffix(".tmp")
@@ -189,7 +196,7 @@ class _Tour:
             }
             self._tell(component, piece)
             if piece not in passed:
-                with tape.at(piece):
+                with tape.at(piece), products_for(tape.chain):
                     arrive(tape.chain.module, known, tape.backward(piece, list(known)))
                 if piece != LOOSE:
                     self._remember(component, tape, piece)
@@ -243,10 +250,10 @@ class _Tour:
         log.info("probe: %s %s", component, piece, extra={"progress": progress})
 
 
-def _signs(tape: Tape, source: torch.Generator) -> list[list[Tensor]]:
+def _signs(tape: Tape, source: torch.Generator, n_least: int) -> list[list[Tensor]]:
     """For each batch random signs like its output, once or more, in all of its weight's energy."""
     n_states = sum(len(velocity) for velocity in tape.outputs)
-    n = math.ceil(LEAST_SAMPLES / n_states)
+    n = math.ceil(n_least / n_states)
     return [
         [
             (torch.randint(0, 2, velocity.shape, generator=source) * 2.0 - 1).to(velocity)

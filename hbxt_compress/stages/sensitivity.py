@@ -117,9 +117,9 @@ def arrive(
             assert one.gradient is not None
             mean_I = known[name].mean_I
             for given, gradient in zip(one.given, one.gradient, strict=True):
-                rows_NI = given.reshape(-1, given.shape[-1])
+                rows_NI = given.reshape(-1, given.shape[-1]).float()
                 rows_NI = rows_NI if mean_I is None else rows_NI - mean_I.to(rows_NI)
-                whole_OI = gradient.reshape(len(rows_NI), -1).T @ rows_NI
+                whole_OI = gradient.reshape(len(rows_NI), -1).float().T @ rows_NI
                 squares_OG = whole_OI.unflatten(1, (powers[name].shape[1], -1)).square_().sum(-1)
                 arrived = (squares_OG * powers[name]).double().sum()
                 known[name].arrived.append(float(arrived))
@@ -143,7 +143,9 @@ class _Gathered:
             given = given[counted]
         if batch.held_out not in self._sides:
             widths = [one.stop - one.start for one in self._slices]
-            self._sides[batch.held_out] = [LayerStats.empty(n, "covariance") for n in widths]
+            self._sides[batch.held_out] = [
+                LayerStats.empty(n, "covariance", cross=False) for n in widths
+            ]
         for columns, stats in zip(self._slices, self._sides[batch.held_out], strict=True):
             part = given[..., columns]
             try:
@@ -180,7 +182,7 @@ def _left(
     losses = [[0.0] * len(own) for own in fmts]
     for columns, inputs in parts:
         assert inputs.held_out is not None
-        variance_I = inputs.held_out.hessian(centred=inputs.takes_bias).diagonal()
+        variance_I = inputs.held_out.hessian(centred=inputs.takes_bias).diagonal().double()
         found = estimated_losses([one[:, columns] for one in weights], inputs, fmts)
         for k, (weight_OI, power_G) in enumerate(zip(weights, powers, strict=True)):
             power_I = power_G.repeat_interleave(weight_OI.shape[1] // len(power_G))

@@ -3,15 +3,11 @@
 A component is cut into head, blocks and tail. Before a piece is rounded, its layers' inputs are
 gathered from both models; afterwards both hand their states on. Only the states of one piece
 boundary are kept.
-
-Of components above a billion parameters, float32 products take their factors in bfloat16, where the
-processor gains by it: what is gathered has noise of -50 dB, and costs a third.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +15,12 @@ from torch import Tensor
 
 from hbxt_compress.chain import Carry, Chain, layer_at, watch
 from hbxt_compress.errors import CalibrationError
+from hbxt_compress.stages.products import products_for
 from hbxt_compress.stats import WIDEST, LayerInputs, LayerStats, Need
 
 __all__ = ["HEAD", "TAIL", "Batch", "SideBySide"]
 
 HEAD, TAIL = "head", "tail"
-_EXACT_TO = 1_000_000_000  # parameters of a component
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +51,6 @@ class SideBySide:
 
     def __init__(self, full: Chain, half: Chain, batches: Sequence[Batch]) -> None:
         self.full, self.half, self.batches = full, half, batches
-        n_parameters = sum(parameter.numel() for parameter in full.module.parameters())
-        self._precision = "medium" if n_parameters > _EXACT_TO else "highest"
         self._carries: list[tuple[Carry, Carry]] = []
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
@@ -112,7 +106,7 @@ class SideBySide:
                 if held_out not in sides:
                     sides[held_out] = LayerStats.empty(x.shape[-1], need)
                 try:
-                    with _products(self._precision):
+                    with products_for(self.full):
                         sides[held_out].add(x, y, batch.weight)
                 except ValueError as error:
                     raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
@@ -172,7 +166,7 @@ class SideBySide:
         """A piece of one model on one batch: a Carry, or the output from the tail."""
         batch = self.batches[index]
         inputs = batch.full if chain is self.full else batch.half
-        with _products(self._precision):
+        with products_for(self.full):
             if piece == HEAD:
                 return chain.head(*inputs)
             carry = self._carries[index][0 if chain is self.full else 1]
@@ -183,14 +177,3 @@ def _counted(batch: Batch, rows: Tensor) -> Tensor:
     """The rows of a module's input that count."""
     chosen = batch.rows_BS
     return rows if chosen is None or chosen.shape != rows.shape[:-1] else rows[chosen]
-
-
-@contextmanager
-def _products(precision: str) -> Iterator[None]:
-    """Meanwhile float32 products are as precise as torch.set_float32_matmul_precision says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

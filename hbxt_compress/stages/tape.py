@@ -159,7 +159,7 @@ class Tape:
         hidden = self._hidden(piece, i).requires_grad_()
         carry = _as_leaves(replace(self._carries[i], hidden=hidden))
         shared = _floats(carry)
-        with torch.enable_grad(), self._watched(modules) as calls:
+        with torch.enable_grad(), self.chain.arithmetic(), self._watched(modules) as calls:
             output = self.chain.blocks[int(piece)](carry.hidden, *carry.args, **carry.kwargs)
         wanted = [hidden, *shared.values(), *(output for _, output in calls.values())]
         for back in self._backs[i]:

@@ -31,11 +31,11 @@ from typing import Any
 from checkpoints import TEXT_ENCODERS, TRANSFORMERS, Checkpoint, write_checkpoint
 from machine_floor import MachineFloor, Work, measure_floor
 from scale_pages import write_markdown, write_svg
+from scale_recipes import on_clips
 from watched import watch
 
 from hbxt_compress.models.wan import Wan
 from hbxt_compress.plan import FULL_PRECISION
-from hbxt_compress.prompts import load_prompts
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.source import Source, locate
 
@@ -132,7 +132,7 @@ def least_work(
         hashed_bytes=read + artifact_bytes,
         written_bytes=artifact_bytes,
         searched=searched,
-        flops=_calibration_flops(recipe, source) if _calibrated(recipe) else 0.0,
+        flops=_calibration_flops(planned, source),
     )
 
 
@@ -142,14 +142,15 @@ def _calibrated(recipe: Recipe) -> bool:
     return bool(recipe.budget or recipe.prepare or recipe.refine or needs)
 
 
-def _calibration_flops(recipe: Recipe, source: Source) -> float:
-    family, prompts = Wan(), load_prompts(recipe.calibration)
-    _, frames, height, width = family.latent_shape(source)
-    down = math.prod(source.config("transformer/config.json")["patch_size"])
-    tokens = frames * height * width // down
+def _calibration_flops(planned: Document, source: Source) -> float:
+    """Of the passes of both models, the full and the half quantized one; 0 without calibration."""
+    shown = planned.get("calibration")
+    if shown is None:
+        return 0.0
+    family = Wan()
     branches = 1 if family.sampler(source).guidance == 1.0 else 2
-    forwards = len(prompts.prompts) * prompts.n_steps * branches
-    return 2.0 * family.parameters(source)["transformer"] * tokens * forwards
+    tokens = shown["n"] * shown["n_states"] * shown["n_tokens"] * branches
+    return 2 * 2.0 * family.parameters(source)["transformer"] * tokens
 
 
 def prediction(planned: Document) -> dict[str, float] | None:
@@ -201,10 +202,13 @@ def main() -> None:
         which = Checkpoint(transformer=size, text_encoder=asked.text_encoder)
         log.info("%s: checkpoint", size)
         folder = write_checkpoint(out / "checkpoints" / f"{size}{text}", which)
-        for recipe in asked.recipes:
-            log.info("%s: %s", size, recipe)
+        for name in asked.recipes:
+            log.info("%s: %s", size, name)
+            recipe, place = name, out / "scale" / f"{size}{text}-{Path(name).stem}"
+            if _calibrated(load_recipe(name)) and load_recipe(name).name == name:
+                recipe = str(on_clips(name, out / "scale" / "recipes" / f"{size}{text}", folder))
             floor = measure_floor(out)
-            run = Run(out / "scale" / f"{size}{text}-{Path(recipe).stem}", folder, recipe)
+            run = Run(place, folder, recipe)
             row = run.row(
                 floor,
                 most_seconds=asked.limit and 60 * asked.limit,

@@ -6,6 +6,7 @@ scenes instead, so small that some seventeen thousand tokens pass each layer.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,20 +19,23 @@ from hbxt_compress.reference.shapes import caption, draw, scene
 __all__ = ["on_clips"]
 
 _N_CLIPS, _HELD_OUT = 9, 2
+_TOKENS_A_SIDE = 8
 _FPS = 8
 _SET = """\
 name: bench-clips
-summary: drawn scenes under noise, 320 tokens a state for Wan2.2-TI2V-5B
+summary: drawn scenes under noise, 320 tokens a state
 seed: 20
 n_steps: 20
 observe: [2, 9, 16]
 held_out: {held_out}
-clips: {{folder: clips, height: 256, width: 256, n_frames: 17, fps: {fps}}}
+clips: {{folder: clips, height: {side}, width: {side}, n_frames: 17, fps: {fps}}}
 """
 
 
-def on_clips(name: str, folder: Path) -> Path:
-    """A copy of a library recipe that is calibrated on clips; all in `folder`."""
+def on_clips(name: str, folder: Path, checkpoint: Path) -> Path:
+    """A copy of a library recipe that is calibrated on clips for a checkpoint; all in `folder`."""
+    vae = json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))
+    side = _TOKENS_A_SIDE * 2 * vae.get("scale_factor_spatial", 8)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     rows = ["file_name,caption"]
     for i in range(_N_CLIPS):
@@ -41,7 +45,7 @@ def on_clips(name: str, folder: Path) -> Path:
         rows.append(f"{i:03d}.mp4,{caption(what)}")
     (folder / "clips" / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     shown = folder / "clips.yaml"
-    shown.write_text(_SET.format(held_out=_HELD_OUT, fps=_FPS), encoding="utf-8")
+    shown.write_text(_SET.format(held_out=_HELD_OUT, fps=_FPS, side=side), encoding="utf-8")
     text = library.find("recipes", name).read_text(encoding="utf-8")
     text = re.sub(r"(?m)^name: .*$", f"name: {name}-clips", text, count=1)
     text = re.sub(r"(?m)^calibration: .*$", f"calibration: {shown.resolve()}", text, count=1)

@@ -171,6 +171,8 @@ def test_stopped_and_out_of_room_it_says_so_and_the_same_command_continues(
         said,
     )
     assert not (here / "artifact").exists()
+    assert hbxt.run(["status", *command[2:], "--store", here / "store"]) == 0
+    assert re.search(rf"{stage} .*{key} .*partial .*{stopped_at} ", hbxt.log.read_text())
 
     size = (folder / "whole" / "store" / stage / key / what).stat().st_size
     assert hbxt.run([*command, *_to(here)], largest_file=size - 1) == 1, hbxt.log.read_text()

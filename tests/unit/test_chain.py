@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hbxt_compress import chain as chain_module
 from hbxt_compress.chain import Chain, layer_at, watch
 from hbxt_compress.models import family_of
 from tests.observed import source_of
@@ -159,3 +160,25 @@ def test_a_layer_is_found_by_its_path() -> None:
     assert layer_at(toy, "blocks.1") is toy.blocks[1]
     with pytest.raises(AttributeError):
         layer_at(toy, "blocks.7")
+
+
+def test_blocks_of_a_large_model_multiply_in_bfloat16(
+    micro_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(micro_wan)
+    family = family_of(source)
+    inputs = _inputs("transformer")
+    found = []
+    for exact_to in (10**12, 0):
+        monkeypatch.setattr(chain_module, "_EXACT_TO", exact_to)
+        chain = family.streamed(source, "transformer", torch.device("cpu"))
+        carry = chain.head(*inputs)
+        for k in range(len(chain.blocks)):
+            chain.enter(k)
+            carry = chain.block(k, carry)
+            chain.leave(k)
+        assert carry.hidden.dtype == torch.float32
+        found.append(chain.tail(carry, *inputs))
+    exact, coarse = found
+    noise = (coarse - exact).square().mean() / exact.square().mean()
+    assert 0 < noise < 1e-3

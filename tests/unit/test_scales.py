@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -362,3 +363,48 @@ def test_a_low_rank_branch_takes_what_is_low_rank() -> None:
         decoded = FORMATS[name].decode(Rtn().round(weight, None, FORMATS[name]).payload)
         errors.append(float((weight - decoded).square().mean()))
     assert errors[1] < 1e-3 * errors[0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled code needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "norm", "weighted"), [("int4-g128", 3.5, False), ("int4-g64-asym", 2.0, True)]
+)
+def test_compiled_code_finds_what_the_other_finds(
+    name: str, norm: float, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums differ in their last bit, so candidates that are all but tied may change places."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(64, 512, generator=generator)
+    weight_OI *= torch.exp(torch.randn(64, 1, generator=generator))
+    weight_OI[3] = 0
+    importance_I = torch.rand(512, generator=generator) if weighted else None
+    found = []
+    for least in (1 << 40, 1):
+        monkeypatch.setattr(scales, "_COMPILED_FROM", least)
+        found.append(search_scales(weight_OI, FORMATS[name], importance_I, norm=norm))
+    plain, compiled = found
+    root_I = torch.ones(512) if importance_I is None else importance_I.pow(1 / norm)
+    lost = [
+        torch.linalg.vector_norm((weight_OI - g.value(g.levels(weight_OI))) * root_I, norm, -1)
+        for g in found
+    ]
+    assert torch.allclose(*lost, rtol=1e-5)
+    assert (plain.scales_OG != compiled.scales_OG).float().mean() < 0.005
+    assert torch.equal(compiled.scales_OG, compiled.scales_OG.half().float())
+
+
+def test_a_machine_without_a_compiler_is_told_what_it_costs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise RuntimeError("no working C++ compiler")
+
+    scales._compiled.cache_clear()
+    monkeypatch.setattr(scales, "_COMPILED_FROM", 1)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
+    weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    grid = search_scales(weight_OI, FORMATS["int4-g64"])
+    scales._compiled.cache_clear()
+    assert "no working C++ compiler" in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(grid.scales_OG, search_scales(weight_OI, FORMATS["int4-g64"]).scales_OG)

@@ -93,3 +93,26 @@ def test_everything_is_both_sets_of_rows() -> None:
     one, two = _filled(*_pairs(10)), _filled(*_pairs(20, seed=3))
     assert LayerInputs(fit=one, held_out=two, takes_bias=True).everything().n == 30
     assert LayerInputs(fit=one, held_out=None, takes_bias=True).everything() is one
+
+
+def test_many_inputs_are_summed_in_float32_and_still_add_up() -> None:
+    """More than 2048 inputs in float32; E[x y^T] of more than 8192 is left out."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + torch.randn(600, 2112, generator=generator)
+    y = x + 0.1 * torch.randn(600, 2112, generator=generator)
+    stats = LayerStats.empty(2112, "covariance")
+    for rows in (slice(0, 250), slice(250, 600)):
+        stats.add(x[rows], y[rows], 0.5)
+    assert stats.products_yy_II is not None
+    assert stats.products_yy_II.dtype == torch.float32
+    xd, yd = x.double(), y.double()
+    for centred in (True, False):
+        left, right = (t - t.mean(0) * centred for t in (xd, yd))
+        scale = float((right.T @ right / 600).diagonal().mean())
+        assert (stats.hessian(centred=centred) - right.T @ right / 600).abs().max() < 1e-5 * scale
+        assert (stats.cross(centred=centred) - left.T @ right / 600).abs().max() < 1e-5 * scale
+    assert torch.allclose(stats.mean_y_I, yd.mean(0), rtol=1e-6)
+    wide = LayerStats.empty(8193, "covariance")
+    assert wide.products_xy_II is None
+    with pytest.raises(ValueError, match="without products"):
+        wide.cross(centred=True)
