@@ -109,47 +109,60 @@ def show_recipe(recipe: str) -> None:
 @click.argument("recipe")
 @_model
 @click.option("--layers", "every_layer", is_flag=True, help="A row for every layer.")
+@click.option("--predict", "only_predict", is_flag=True, help="Stop before anything is measured.")
+@click.option("--probe", "renew", is_flag=True, help="Measure the machine anew.")
+@click.option("--out", type=_path, help="Count the copy that `quantize --out` would make.")
 @_store
 @_device
 @_json
 @click.pass_obj
 def plan(
-    ranks: Ranks, recipe: str, model: str, every_layer: bool,
-    store: Path, device: str, as_json: bool,
+    ranks: Ranks, recipe: str, model: str, every_layer: bool, only_predict: bool, renew: bool,
+    out: Path | None, store: Path, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show the fate of every weight.
+    """Show the fate of every weight, and what a run takes.
 
-    What RECIPE does to each, why, and the sizes. Only file headers are read, unless the recipe has
-    a budget to spend: then what the layers contribute is measured first.
+    What RECIPE does to each, why, and the sizes; time, memory and disk by stage, from some seconds
+    of measuring this machine. Only file headers are read, unless the recipe has a budget to spend:
+    then what the layers contribute is measured afterwards; with --predict their smallest formats
+    are assumed instead.
     """
     from hbxt_compress import pipeline, show
     from hbxt_compress.machine import Machine
     from hbxt_compress.recipe import load_recipe
     from hbxt_compress.store import Store
 
-    found = load_recipe(recipe)
-    machine = Machine(device=ranks.device(device))
-    planned = pipeline.plan(found, model, Store(store, ranks), machine=machine)
-    show.plan(found, planned, as_json, every_layer=every_layer)
+    found, results = load_recipe(recipe), Store(store, ranks)
+    if ranks.leads:
+        planned, told = pipeline.foresee(found, model, results, out=out, renew=renew)
+        if not as_json:
+            show.prediction(found, told)
+    if not only_predict:
+        planned = pipeline.plan(found, model, results, machine=Machine(device=ranks.device(device)))
+    if ranks.leads:
+        show.plan(found, planned, as_json, every_layer=every_layer, told=told)
 
 
 @hbxt.command()
 @click.argument("recipe")
 @_model
 @click.option("--out", type=_path, help="Folder for the artifact; default: in the store.")
+@click.option("--smoke", is_flag=True, help="First try all steps on two blocks of the model.")
+@click.option("--force", is_flag=True, help="Run even if memory or disk will not do.")
 @_store
 @_device
 @_threads
 @_json
 @click.pass_obj
 def quantize(
-    ranks: Ranks, recipe: str, model: str, out: Path | None,
+    ranks: Ranks, recipe: str, model: str, out: Path | None, smoke: bool, force: bool,
     store: Path, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compress a model as RECIPE says.
 
-    The result is an artifact that `generate` runs. Finished steps are found, not repeated.
-    `torchrun --nproc-per-node N -m hbxt_compress quantize ...` shares the work between N processes.
+    The result is an artifact that `generate` runs. Finished steps are found, not repeated. Nothing
+    starts if memory or disk will not do. `torchrun --nproc-per-node N -m hbxt_compress quantize
+    ...` shares the work between N processes.
     """
     from hbxt_compress import pipeline, show
     from hbxt_compress.artifact import Artifact
@@ -157,10 +170,15 @@ def quantize(
     from hbxt_compress.recipe import load_recipe
     from hbxt_compress.store import Store
 
-    found = load_recipe(recipe)
-
+    found, results = load_recipe(recipe), Store(store, ranks)
     machine = Machine(device=ranks.device(device), n_threads=threads)
-    folder = pipeline.compress(found, model, Store(store, ranks), machine=machine, out=out)
+    if not force and ranks.leads:
+        pipeline.require_room_for(found, model, results, out=out)
+    if smoke and ranks.leads:
+        from hbxt_compress.smoke import try_out
+
+        log.warning("%s", try_out(found, model, results.root, machine=machine).text)
+    folder = pipeline.compress(found, model, results, machine=machine, out=out)
     show.artifact(Artifact.open(folder, verify=False), as_json)
 
 

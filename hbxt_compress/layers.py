@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NewType
 
-__all__ = ["LayerKind", "LayerName", "LayerSpec", "Pair", "matches"]
+__all__ = ["Depth", "LayerKind", "LayerName", "LayerSpec", "Pair", "matches"]
 
 LayerName = NewType("LayerName", str)
 LayerKind = Literal["linear", "conv2d", "conv3d", "embedding"]
@@ -61,6 +61,21 @@ class Pair:
     second: str
     joint: Literal["heads", "hidden"]
     n_heads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Depth:
+    """How a component's files say how many blocks it has, and how large a vocabulary.
+
+    prefix: what the names of a block's tensors begin with, its index next. count: the key of
+    config.json with their number. tables: tensors with a row for each word; rows: the key with how
+    many, "" if there are none.
+    """
+
+    prefix: str
+    count: str
+    tables: tuple[str, ...] = ()
+    rows: str = ""
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from hbxt_compress.artifact import Artifact
-from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.costs.prediction import (
+    Prediction,
+    is_small,
+    predict,
+    require_room,
+    stage_costs,
+)
+from hbxt_compress.costs.rates import find_rates
+from hbxt_compress.errors import PlanError, SourceError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.plan import (
     Plan,
     Shown,
+    assumed_plan,
     make_plan,
     open_choices,
     refiners_for,
@@ -36,7 +45,7 @@ from hbxt_compress.stages.sample import sample
 from hbxt_compress.store import Entry, Missing, Store
 from hbxt_compress.suite import Suite
 
-__all__ = ["compress", "evaluate", "plan", "status"]
+__all__ = ["compress", "evaluate", "foresee", "plan", "require_room_for", "status"]
 
 _REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
 
@@ -48,6 +57,43 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     """
     hashed = recipe.budget is not None
     return _plan(recipe, _located(model, store, hashed=hashed), store, machine)
+
+
+def foresee(
+    recipe: Recipe, model: str, store: Store, *, out: Path | None = None, renew: bool = False
+) -> tuple[Plan, Prediction]:
+    """What a run from an empty store would take; of the model only file headers are read.
+
+    A budget's plan is assumed: its weights in their smallest formats. The machine is measured for
+    some seconds, on the store's disk, unless that was done lately; renew: even then.
+    """
+    source = locate(model, hashed=False)
+    planned = _assumed(recipe, source)
+    prompts = None if planned.shown is None else load_prompts(recipe.calibration)
+    costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
+    rates = find_rates(store.root / "rates.json", renew=renew)
+    return planned, predict(costs, rates, ())
+
+
+def require_room_for(recipe: Recipe, model: str, store: Store, *, out: Path | None = None) -> None:
+    """Raises PlanError if memory or disk will not do for what is not done yet, with the numbers."""
+    source = locate(model, hashed=False)
+    planned = _assumed(recipe, source)
+    if is_small(planned, source):
+        return
+    prompts = None if planned.shown is None else load_prompts(recipe.calibration)
+    costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
+    artifact_bytes = sum(one["after"] for one in planned.components().values())
+
+    def check(done: Collection[str]) -> None:
+        told = predict(costs, None, done)
+        require_room(told, store.root, out, artifact_bytes, name=recipe.name)
+
+    try:
+        check(())
+    except PlanError:  # only now is it worth hashing the model to find what is done already
+        seen = status(recipe, model, store)
+        check({stage for stage, _, state, _ in seen if state == "done"})
 
 
 def compress(
@@ -125,6 +171,15 @@ def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Pla
     return replace(
         make_plan(recipe, layers, parameters, read_damages(measured.folder)), shown=shown
     )
+
+
+def _assumed(recipe: Recipe, source: Source) -> Plan:
+    """The plan, a budget's assumed, with what calibration will show."""
+    family = family_of(source)
+    planned = assumed_plan(recipe, family.layers(source), family.parameters(source))
+    if recipe.budget is None and not (planned.calibrated or planned.refine):
+        return planned
+    return replace(planned, shown=_shown(recipe, source, load_prompts(recipe.calibration)))
 
 
 def _shown(recipe: Recipe, source: Source, prompts: PromptSet) -> Shown:

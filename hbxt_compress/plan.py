@@ -25,6 +25,7 @@ __all__ = [
     "LeftOut",
     "Plan",
     "Shown",
+    "assumed_plan",
     "make_plan",
     "open_choices",
     "refiners_for",
@@ -297,6 +298,23 @@ def make_plan(
         refine=refine,
         left_out=left_out,
     )
+
+
+def assumed_plan(recipe: Recipe, specs: Sequence[LayerSpec], parameters: Mapping[str, int]) -> Plan:
+    """The plan before anything is measured: a budget's weights in the smallest format each fits.
+
+    Raises:
+        PlanError: as `make_plan`.
+    """
+    if recipe.budget is None:
+        return make_plan(recipe, specs, parameters)
+    smallest = {
+        choice.spec.name: {
+            name: float(FORMATS[name].bytes(choice.spec.shape)) for name in choice.formats
+        }
+        for choice in open_choices(recipe, specs)
+    }
+    return make_plan(recipe, specs, parameters, damages=smallest)
 
 
 def _fates(

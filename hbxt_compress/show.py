@@ -25,6 +25,7 @@ from hbxt_compress.render.table import (
 
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
     from hbxt_compress.artifact import Artifact, Geometry
+    from hbxt_compress.costs.prediction import Prediction
     from hbxt_compress.plan import LayerPlan, Plan
     from hbxt_compress.recipe import Recipe
     from hbxt_compress.report import QualityReport
@@ -34,6 +35,7 @@ __all__ = [
     "as_json",
     "clip",
     "plan",
+    "prediction",
     "recipes",
     "report",
     "status",
@@ -75,15 +77,36 @@ def recipes(found: Sequence[Recipe], json_wanted: bool) -> None:
     return _out().print(table)
 
 
-def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = False) -> None:
+def prediction(recipe: Recipe, told: Prediction) -> None:
+    """Prints a row per stage: seconds, peak memory, bytes that stay on the disk; and the totals."""
+    columns = ("stage", ">time", ">peak memory", ">disk")
+    table = _table(*columns, title=f"prediction: {recipe.name}, from an empty store")
+    for one in told.stages:
+        row = (one.stage, _time(one.seconds), size(one.peak_rss_bytes), size(one.disk_bytes))
+        table.add_row(*row)
+    table.add_section()
+    whole = (_time(told.seconds), size(told.peak_rss_bytes), size(told.disk_bytes))
+    table.add_row("all", *whole, style="bold")
+    out = _out()
+    out.print(table)
+    if told.most_disk_bytes > told.disk_bytes:
+        out.print(f"disk meanwhile: {size(told.most_disk_bytes)}")
+    if told.machine is not None:
+        out.print(escape(f"machine: {told.machine}"), soft_wrap=True)
+
+
+def plan(
+    recipe: Recipe, found: Plan, json_wanted: bool, *,
+    every_layer: bool = False, told: Prediction | None = None,
+) -> None:  # fmt: skip
     """Prints one row per fate: which layers, their format, the rule and why; then the sizes.
 
-    every_layer: a row for each layer instead, by size.
+    every_layer: a row for each layer instead, by size. told: a prediction, for JSON.
     """
     if json_wanted:
-        return as_json(
-            {"recipe": {"name": recipe.name, "digest": recipe.digest}, **found.to_json()}
-        )
+        named = {"name": recipe.name, "digest": recipe.digest}
+        predicted = {} if told is None else {"predicted": told.to_json()}
+        return as_json({"recipe": named, **predicted, **found.to_json()})
     head = "layer" if every_layer else "component"
     columns = (head, ">layers", "format", ">rule", ">before", ">after", "why")
     table = _table(*columns, title=f"plan: {recipe.name}")
@@ -91,8 +114,8 @@ def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = 
     def fate(layer: LayerPlan) -> tuple[str, int, str, str]:
         if every_layer:
             return layer.spec.name, layer.rule, layer.stored, layer.reason
-        told = "" if layer.reason.startswith("budget:") else layer.reason
-        return layer.spec.component, layer.rule, layer.stored, told
+        why = "" if layer.reason.startswith("budget:") else layer.reason
+        return layer.spec.component, layer.rule, layer.stored, why
 
     ordered = sorted(found.layers, key=fate)
     for (name, rule, stored, why), group in groupby(ordered, key=fate):
@@ -110,8 +133,8 @@ def plan(recipe: Recipe, found: Plan, json_wanted: bool, *, every_layer: bool = 
     out = _out()
     out.print(table)
     out.print(_sizes(found.components(), sum(found.parameters.values())))
-    told = "none is needed" if found.shown is None else f"{found.shown.name}, {found.shown.text}"
-    out.print(escape(f"calibration: {told}"), soft_wrap=True)
+    given = "none is needed" if found.shown is None else f"{found.shown.name}, {found.shown.text}"
+    out.print(escape(f"calibration: {given}"), soft_wrap=True)
     for one in found.left_out:
         out.print(escape(f"{one.step}: left out: {one.reason}"), soft_wrap=True)
     return None
@@ -186,6 +209,14 @@ def verified(found: Artifact) -> None:
         escape(f"{found.folder}: {len(records)} files, {total}: as the manifest says"),
         soft_wrap=True,
     )
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _sizes(components: Mapping[str, Mapping[str, int]], n_weights: int) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -66,6 +67,10 @@ class Header:
     shape: tuple[int, ...]
     dtype: str
     offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        return _BYTES[self.dtype] * math.prod(self.shape)
 
 
 def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Source:

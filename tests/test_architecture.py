@@ -57,7 +57,9 @@ ROWS = (
     {"recipe"},
     {"plan"},
     {"stages"},
+    {"costs"},
     {"pipeline"},
+    {"smoke"},
     {"show", "progress", "stopping", "doctor", "reference"},
     {"cli", "__init__"},
     {"__main__"},
@@ -106,8 +108,8 @@ HOMES = {
     "matplotlib": {"render"},
     "PIL": {"render", "clips"},
     "torch": {
-        "algorithms", "chain", "formats", "graph", "metrics", "models", "quantized", "ranks",
-        "reference", "stages", "stats", "torchvision_ops", "trajectories", "weights",
+        "algorithms", "chain", "costs", "formats", "graph", "metrics", "models", "quantized",
+        "ranks", "reference", "stages", "stats", "torchvision_ops", "trajectories", "weights",
     },
 }  # fmt: skip
 

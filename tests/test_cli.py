@@ -14,6 +14,8 @@ import pytest
 
 from hbxt_compress import cli, library, pipeline
 from hbxt_compress.artifact import Artifact
+from hbxt_compress.costs import prediction
+from hbxt_compress.costs.work import KINDS, Rates
 from hbxt_compress.errors import SourceError
 from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import load_recipe
@@ -40,6 +42,13 @@ class Run:
 @pytest.fixture
 def hbxt(capsys: pytest.CaptureFixture[str]) -> Run:
     return Run(capsys)
+
+
+@pytest.fixture(autouse=True)
+def _known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is not measured, which takes seconds."""
+    rates = Rates(machine="test", per_second=dict.fromkeys(KINDS, 1e9), n_cores=2, is_compiled=True)
+    monkeypatch.setattr(pipeline, "find_rates", lambda *_, **__: rates)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +175,51 @@ def test_plan_of_a_budget_says_what_each_layer_would_cost(
     assert all("bytes more and save" in layer["reason"] for layer in chosen)
     n_weights = sum(math.prod(layer["shape"]) for layer in chosen)
     assert 8 * sum(layer["bytes_after"] for layer in chosen) <= 4.25 * n_weights
+
+
+def test_plan_predicts_by_stage_before_anything_is_measured(
+    hbxt: Run, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("a stage was run")
+
+    monkeypatch.setattr(Store, "result", measured)
+    asked = ("plan", "w4a16", "--model", micro_wan, "--store", tmp_path, "--predict")
+    assert hbxt(*asked, "--json", "--out", tmp_path / "out") == 0
+    told = json.loads(hbxt.out)["predicted"]
+    named = [stage["stage"] for stage in told["stages"]]
+    assert named == ["read", "calibrate", "probe", "quantize", "refine", "export", "copy"]
+    for total, key, joined in (
+        ("seconds", "seconds", sum), ("disk_bytes", "disk_bytes", sum),
+        ("peak_rss_bytes", "peak_rss_bytes", max),
+    ):  # fmt: skip
+        assert told[total] == joined(stage[key] for stage in told["stages"]) > 0
+    assert told["most_disk_bytes"] >= told["disk_bytes"]
+    assert told["machine"] == "test"
+    assert hbxt(*asked) == 0
+    assert "prediction: w4a16" in hbxt.out
+    assert "machine: test" in hbxt.out
+
+
+def test_quantize_refuses_what_the_machine_has_no_room_for(
+    hbxt: Run, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*_: object, **__: object) -> Path:
+        raise SourceError("begun")
+
+    monkeypatch.setattr(pipeline, "compress", begun)
+    monkeypatch.setattr(pipeline, "is_small", lambda *_: False)
+    monkeypatch.setattr(prediction, "free_memory", lambda: 10**8)
+    monkeypatch.setattr(prediction, "free_bytes", lambda _: 1000)
+    asked = ("quantize", "w4a16-fast", "--model", micro_wan, "--store", tmp_path / "store")
+    assert hbxt(*asked, "--out", tmp_path / "out") == 2
+    assert "recipe w4a16-fast needs more than this machine has" in hbxt.err
+    assert "memory: 0.6 GB at the peak of export, 0.1 GB are available" in hbxt.err
+    assert f"disk: 0.0 GB for {tmp_path / 'store'}" in hbxt.err
+    assert "--force" in hbxt.err
+    assert "begun" not in hbxt.err
+    assert hbxt(*asked, "--force") == 2
+    assert hbxt.err == "error: begun\n"
 
 
 @pytest.mark.parametrize("name", library.names("recipes"))

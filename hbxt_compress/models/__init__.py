@@ -19,7 +19,7 @@ from hbxt_compress.artifact import Geometry
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import SourceError
 from hbxt_compress.graph.capture import ComponentGraphs
-from hbxt_compress.layers import LayerSpec, Pair
+from hbxt_compress.layers import Depth, LayerSpec, Pair
 from hbxt_compress.models.wan import Wan
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Source
@@ -34,6 +34,7 @@ class Family(Protocol):
     name: str
     pipelines: frozenset[str]  # `_class_name` values in model_index.json
     chained: frozenset[str]  # components whose layer inputs can be observed
+    depths: Mapping[str, Depth]  # of the components that have blocks
 
     def components(self, source: Source) -> tuple[str, ...]:
         """Exported components in the order they run, experts apart."""

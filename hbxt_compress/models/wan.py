@@ -16,7 +16,7 @@ from hbxt_compress.artifact import Geometry
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.graph.capture import ComponentGraphs
-from hbxt_compress.layers import LayerKind, LayerName, LayerSpec, Pair
+from hbxt_compress.layers import Depth, LayerKind, LayerName, LayerSpec, Pair
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import SamplerSpec
@@ -37,6 +37,17 @@ _BLOCK_PREFIX: Final = {
     "transformer": "blocks.",
     "transformer_2": "blocks.",
 }
+_COUNT: Final = "num_layers"
+_DEPTHS: Final = {
+    "text_encoder": Depth(
+        prefix=_BLOCK_PREFIX["text_encoder"],
+        count=_COUNT,
+        tables=("shared.weight", "encoder.embed_tokens.weight"),
+        rows="vocab_size",
+    ),
+    "transformer": Depth(prefix=_BLOCK_PREFIX["transformer"], count=_COUNT),
+    "transformer_2": Depth(prefix=_BLOCK_PREFIX["transformer_2"], count=_COUNT),
+}
 
 
 class Wan:
@@ -45,6 +56,7 @@ class Wan:
     name = "wan"
     pipelines = frozenset({"WanPipeline"})
     chained = frozenset(_BLOCK_PREFIX)
+    depths: Mapping[str, Depth] = _DEPTHS
 
     def components(self, source: Source) -> tuple[str, ...]:
         index = source.config("model_index.json")

@@ -11,9 +11,9 @@ from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.trajectories import Trajectory
 
-__all__ = ["Texts", "text_batches", "transformer_batches"]
+__all__ = ["PROMPTS_AT_ONCE", "Texts", "text_batches", "transformer_batches"]
 
-_PROMPTS_AT_ONCE = 8
+PROMPTS_AT_ONCE = 8
 
 Texts = Mapping[int, tuple[Tensor, Tensor]]
 """By prompt index, -1 the empty one: hidden states of both text encoders, 1 S D."""
@@ -84,4 +84,4 @@ def transformer_batches(
 
 
 def _chunks(indices: Sequence[int]) -> list[Sequence[int]]:
-    return [indices[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(indices), _PROMPTS_AT_ONCE)]
+    return [indices[i : i + PROMPTS_AT_ONCE] for i in range(0, len(indices), PROMPTS_AT_ONCE)]

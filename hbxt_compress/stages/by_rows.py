@@ -23,10 +23,10 @@ from hbxt_compress.quantized import Loss, QuantizedWeight, save_block
 from hbxt_compress.stats import LayerInputs
 from hbxt_compress.weights import Weights
 
-__all__ = ["activation_payload", "round_blindly"]
+__all__ = ["NUMBERS_AT_ONCE", "activation_payload", "round_blindly"]
 
 _CPU: Final = torch.device("cpu")
-_NUMBERS_AT_ONCE = 1 << 21  # 8 MiB in float32, and a few copies
+NUMBERS_AT_ONCE = 1 << 21  # 8 MiB in float32, and a few copies
 
 
 def round_blindly(
@@ -73,7 +73,7 @@ def _rounded(weights: Weights, layer: LayerPlan, device: torch.device) -> Quanti
     assert how is not None  # the plan refuses quantized formats without a rounder
     n_rows, n_in = shape[0], layer.spec.n_weights // shape[0]
     # A low-rank branch is the whole weight's
-    n_at_once = n_rows if fmt.rank else min(n_rows, max(1, _NUMBERS_AT_ONCE // n_in))
+    n_at_once = n_rows if fmt.rank else min(n_rows, max(1, NUMBERS_AT_ONCE // n_in))
     payload: dict[str, Tensor] = {}
     lost = kept = 0.0
     for start in range(0, n_rows, n_at_once):

@@ -39,16 +39,26 @@ from hbxt_compress.stages.tape import LOOSE, Tape
 from hbxt_compress.store import Entry, Work
 from hbxt_compress.trajectories import load_trajectories
 
-__all__ = ["FACTS", "VERSION", "probe", "read_damages"]
+__all__ = [
+    "FACTS",
+    "LARGE",
+    "LEAST_SAMPLES",
+    "N_HELD_OUT",
+    "N_PROMPTS",
+    "N_PROMPTS_OF_LARGE",
+    "VERSION",
+    "probe",
+    "read_damages",
+]
 
 VERSION = 3
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
-_N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
-_LARGE = 1_000_000_000  # parameters of a component
-_N_PROMPTS_OF_LARGE = 3  # of which a damage is known to 1 dB, not 0.3 dB
-_N_HELD_OUT = 3  # of them
-_LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
+N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
+LARGE = 1_000_000_000  # parameters of a component
+N_PROMPTS_OF_LARGE = 3  # of which a damage is known to 1 dB, not 0.3 dB
+N_HELD_OUT = 3  # of them
+LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
 _N_SHARES = 4  # of the samples: a prompt's text answers for each share by itself
 _TEXT = 2  # which input of a transformer the text is
 _ENCODER, _DECODER = "text_encoder", "vae_decoder"
@@ -96,10 +106,10 @@ def _damages(
     every = load_trajectories(trajectories.folder)
     _require_observable(source, choices, len(every))
     family = family_of(source)
-    large = any(n > _LARGE for n in family.parameters(source).values())
-    n = min(_N_PROMPTS_OF_LARGE if large else _N_PROMPTS, len(every))
+    large = any(n > LARGE for n in family.parameters(source).values())
+    n = min(N_PROMPTS_OF_LARGE if large else N_PROMPTS, len(every))
     some = [every[i] for i in torch.linspace(0, len(every) - 1, n).round().int().tolist()]
-    held_out = min(_N_HELD_OUT, n - 1)
+    held_out = min(N_HELD_OUT, n - 1)
     tour = _Tour(source, choices, device, folder)
     numbered = text_batches(some, held_out)
     encoder = tour.there(_ENCODER, [batch for _, batch in numbered])
@@ -120,7 +130,7 @@ def _damages(
             batch.weight * float(velocity.square().sum())
             for batch, velocity in zip(tape.batches, tape.outputs, strict=True)
         )
-        tape.start(_signs(tape, signs, 1 if large else _LEAST_SAMPLES))
+        tape.start(_signs(tape, signs, 1 if large else LEAST_SAMPLES))
         tour.back(component, tape, energy)
         total += energy
         _share_out(tape, leaves, shares)

@@ -29,12 +29,12 @@ from hbxt_compress.stages.side_by_side import Batch
 from hbxt_compress.stages.tape import Seen
 from hbxt_compress.stats import LayerInputs, LayerStats
 
-__all__ = ["Sensitivity", "arrive", "leave"]
+__all__ = ["SLICE", "WEIGHTS", "WHOLE", "Sensitivity", "arrive", "leave"]
 
 _EVEN = "int4-g64"  # the format whose steps an even error has
-_WHOLE = 4096  # inputs of which a covariance of float64 is affordable
-_SLICE = 2048  # inputs, where there are more: their covariance in diagonal blocks
-_WEIGHTS = 1 << 20  # of a layer that are rounded for an estimate, in evenly spaced rows
+WHOLE = 4096  # inputs of which a covariance of float64 is affordable
+SLICE = 2048  # inputs, where there are more: their covariance in diagonal blocks
+WEIGHTS = 1 << 20  # of a layer that are rounded for an estimate, in evenly spaced rows
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class _Gathered:
 
     def __init__(self, name: str, n_inputs: int) -> None:
         self._name = name
-        size = n_inputs if n_inputs <= _WHOLE else _SLICE
+        size = n_inputs if n_inputs <= WHOLE else SLICE
         self._slices = [
             slice(start, min(start + size, n_inputs)) for start in range(0, n_inputs, size)
         ]
@@ -203,7 +203,7 @@ def _some_rows(weight_OI: Tensor, fmts: Sequence[WeightFormat]) -> Tensor:
     n_out, n_in = weight_OI.shape
     if any(fmt.rank for fmt in fmts):
         return weight_OI
-    n_rows = min(n_out, max(1, _WEIGHTS // n_in))
+    n_rows = min(n_out, max(1, WEIGHTS // n_in))
     return weight_OI[torch.arange(n_rows) * n_out // n_rows]
 
 

@@ -12,19 +12,16 @@ threads. Some ten seconds in all.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import platform
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from hbxt_compress.algorithms.scales import search_scales
+from hbxt_compress.costs.rates import disk_rates, fastest_s, product_rate, sha256_rate
 from hbxt_compress.formats import FORMATS
 
 __all__ = ["MachineFloor", "Work", "measure_floor"]
@@ -32,7 +29,7 @@ __all__ = ["MachineFloor", "Work", "measure_floor"]
 _LAYERS_OI = ((1536, 1536), (8960, 1536), (3072, 3072), (14336, 3072))  # of 1.3B and 5B
 _TOKENS = 256
 _DTYPES = (torch.float32, torch.bfloat16)
-_FILE_BYTES, _BLOCK_BYTES = 1 << 28, 1 << 24
+_FILE_BYTES = 1 << 28
 _SEARCHED_OI = (64, 3072)
 _FORMAT = "int4-g128"
 _LEAST_S, _LEAST_CALLS = 0.4, 5  # of a measurement: fewer are at the scheduler's mercy
@@ -98,8 +95,12 @@ def measure_floor(folder: Path, norms: Sequence[float] = (2.0, 3.5)) -> MachineF
     Raises:
         OSError: the folder's disk has no room for 256 MB.
     """
-    gemm = {(dtype, shape): _gemm_flops(shape, dtype) for dtype in _DTYPES for shape in _LAYERS_OI}
-    write_bytes, read_bytes = _disk(folder)
+    gemm = {
+        (dtype, shape): product_rate(_TOKENS, *shape, dtype)
+        for dtype in _DTYPES
+        for shape in _LAYERS_OI
+    }
+    write_bytes, read_bytes = disk_rates(folder, _FILE_BYTES)
     return MachineFloor(
         machine=platform.processor() or platform.machine(),
         n_threads=torch.get_num_threads(),
@@ -112,65 +113,19 @@ def measure_floor(folder: Path, norms: Sequence[float] = (2.0, 3.5)) -> MachineF
         },
         read_bytes=read_bytes,
         write_bytes=write_bytes,
-        sha256_bytes=_sha256_bytes(),
+        sha256_bytes=sha256_rate(),
         search_weights={norm: _searched(norm) for norm in norms},
     )
 
 
-def _gemm_flops(shape_OI: tuple[int, int], dtype: torch.dtype) -> float:
-    generator = torch.Generator().manual_seed(0)
-    x_TI = torch.randn(_TOKENS, shape_OI[1], generator=generator).to(dtype)
-    weight_OI = torch.randn(shape_OI, generator=generator).to(dtype)
-    seconds = _fastest_s(lambda: torch.nn.functional.linear(x_TI, weight_OI))
-    return 2 * _TOKENS * weight_OI.numel() / seconds
-
-
-def _sha256_bytes() -> float:
-    block = bytes(_BLOCK_BYTES)
-    return _BLOCK_BYTES / _fastest_s(lambda: hashlib.sha256(block))
-
-
 def _searched(norm: float) -> float:
     weight_OI = torch.randn(_SEARCHED_OI, generator=torch.Generator().manual_seed(0))
-    seconds = _fastest_s(lambda: search_scales(weight_OI, FORMATS[_FORMAT], norm=norm))
+    seconds = fastest_s(
+        lambda: search_scales(weight_OI, FORMATS[_FORMAT], norm=norm),
+        least_s=_LEAST_S,
+        least_calls=_LEAST_CALLS,
+    )
     return weight_OI.numel() / seconds
-
-
-def _fastest_s(act: Callable[[], object]) -> float:
-    """The fastest of as many calls as fit; one more warms up."""
-    # With one thread the processor's time is the floor's, whatever else runs on the machine.
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    act()
-    found: list[float] = []
-    while len(found) < _LEAST_CALLS or sum(found) < _LEAST_S:
-        began = clock()
-        act()
-        found.append(clock() - began)
-    return min(found)
-
-
-def _disk(folder: Path) -> tuple[float, float]:
-    """Bytes a second written, the last fsync included, and read again.
-
-    The pages are dropped in between, which the kernel may refuse; then memory is measured.
-    """
-    block = os.urandom(_BLOCK_BYTES)  # of zeros a disk may make a hole
-    n_blocks = _FILE_BYTES // _BLOCK_BYTES
-    with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as file:
-        began = time.perf_counter()
-        for _ in range(n_blocks):
-            file.write(block)
-        os.fsync(file.fileno())
-        written_s = time.perf_counter() - began
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        buffer = bytearray(_BLOCK_BYTES)
-        began = time.perf_counter()
-        while file.readinto(buffer):
-            pass
-        read_s = time.perf_counter() - began
-    return _FILE_BYTES / written_s, _FILE_BYTES / read_s
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -65,8 +65,8 @@ class Run:
         recipe, source = load_recipe(self.recipe), locate(str(self.checkpoint), hashed=False)
         parameters = Wan().parameters(source)
         row: Row = {"recipe": recipe.name, "params": sum(parameters.values()), "predicted": None}
-        # A budget is planned from measurements, which are part of the run and then lie in its store
-        planned = None if recipe.budget else self._plan("store-of-plan")
+        planned = self._plan("store-of-plan")
+        shutil.rmtree(self.folder / "store-of-plan", ignore_errors=True)
         forget_pages(self.checkpoint)
         command = self._hbxt("quantize", "store", "--out", str(self.artifact))
         took = watch(
@@ -80,7 +80,6 @@ class Run:
         else:
             row["artifact_bytes"] = stored_bytes(self.artifact)
             row |= self._verified()
-            planned = planned or self._plan("store")
         if planned is not None:
             row["predicted"] = prediction(planned)
             work = least_work(recipe, planned, source, row.get("artifact_bytes"))
@@ -99,8 +98,9 @@ class Run:
         return [sys.executable, "-m", "hbxt_compress", verb, self.recipe, *where, *more]
 
     def _plan(self, store: str) -> Document | None:
-        """What `hbxt plan --json` says; None if it fails, which the run itself will tell."""
-        done = subprocess.run(self._hbxt("plan", store, "--json"), capture_output=True, text=True)
+        """What `hbxt plan --predict` says; None if it fails, which the run itself will tell."""
+        command = self._hbxt("plan", store, "--json", "--predict", "--out", str(self.artifact))
+        done = subprocess.run(command, capture_output=True, text=True)
         return None if done.returncode else dict(json.loads(done.stdout))
 
     def _verified(self) -> Row:

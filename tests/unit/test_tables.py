@@ -70,7 +70,7 @@ def _quantized(source: Source, folder: Path, fmt: str, *shown: object) -> Quanti
 def test_a_table_is_rounded_by_rows_to_what_the_whole_gives(
     fmt: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_rows, "_NUMBERS_AT_ONCE", 5 * 128 + 1)  # 5 rows, of 32
+    monkeypatch.setattr(by_rows, "NUMBERS_AT_ONCE", 5 * 128 + 1)  # 5 rows, of 32
     found = _quantized(source, tmp_path / "q", fmt).weights
     assert [path.name for path in (tmp_path / "q").iterdir()] == ["text_encoder.tables.safetensors"]
     assert found.keys() == {_NAME, _BIAS}

@@ -1,0 +1,246 @@
+"""Rounding: the work and the memory of gathering a layer's statistics and of rounding it by them.
+
+Formulas count what algorithms/ and stats.py do with a weight O I, by the function that does it; I I
+is a matrix of its inputs. Lower orders are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hbxt_compress.algorithms import AnyPreparer
+from hbxt_compress.algorithms.gptq import Gptq
+from hbxt_compress.algorithms.hadamard import Hadamard
+from hbxt_compress.algorithms.permute import Permute
+from hbxt_compress.algorithms.rotate import Rotate
+from hbxt_compress.algorithms.scale import Scale
+from hbxt_compress.algorithms.smooth_quant import SmoothQuant
+from hbxt_compress.costs.counting import REUSED_BYTES
+from hbxt_compress.costs.work import Kind, Work
+from hbxt_compress.formats import FORMATS
+from hbxt_compress.plan import LayerPlan
+from hbxt_compress.stages.by_rows import NUMBERS_AT_ONCE
+from hbxt_compress.stats import WIDEST
+
+__all__ = [
+    "COMPILED_FROM",
+    "Precision",
+    "blind_work",
+    "gptq_bytes",
+    "gptq_work",
+    "group_of",
+    "mixing_work",
+    "numbers",
+    "precision_of",
+    "price_work",
+    "search_work",
+    "statistics_bytes",
+    "statistics_work",
+    "transform_work",
+]
+
+_FLOAT64_TO = 2048  # inputs, as in stats.py
+COMPILED_FROM = 1 << 19  # weights, as in algorithms/scales.py
+_JUDGED_ROWS, _ROWS_AT_ONCE = 128, 2048  # as in algorithms/gptq.py
+_SAMPLED, _LEAST_ROWS = 1 << 16, 16  # weights and rows, as in algorithms/choose.py
+_SIZE_PASSES = 4  # over a weight in scale.input_scale: finite, sizes, float64, squares
+# Beside the search, rounding to nearest takes 12 ns a weight (levels, payload, decoding, losses)
+# where 27 GB/s are moved: Rtn of 680 x 3072, int4-g128, one thread.
+_NEAREST_BYTES = 330
+# Passes of stats.LayerStats.add over the rows of a side: float64 copies, shifts, squares, sums.
+_STATISTICS_BYTES = 100
+# I I matrices alive at the peak of gptq.Gptq.round, counted in its code: statistics of both sides
+# (4), moments (2), the judge's (2), three problems of 3, two temporaries of a factor; without
+# E[x y^T] and held-out rows: statistics, moments, the damped copy, two of a factor.
+_MATRICES, _MATRICES_BLIND = 19, 5
+_ROW_ARRAYS = 10  # of 2048 rows, in feedback.feed_back and polish.descend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """What statistics of so many inputs are summed and solved in."""
+
+    product: Kind
+    factor: Kind
+    n_bytes: int
+
+
+def precision_of(n_in: int) -> Precision:
+    """Float64 to 2048 inputs, float32 beyond."""
+    if n_in <= _FLOAT64_TO:
+        return Precision(product="float64", factor="factor64", n_bytes=8)
+    return Precision(product="float32", factor="factor32", n_bytes=4)
+
+
+def numbers(n: float, passes: float, n_bytes: int) -> Work:
+    """Some passes over an array of n numbers, each with a result of that size."""
+    moved = n * passes * n_bytes
+    return Work.of(move=2 * moved, fresh=moved if n * n_bytes > REUSED_BYTES else 0.0)
+
+
+def search_work(n_weights: float, norm: float = 2.0) -> Work:
+    """scales.search_scales of one weight."""
+    if n_weights < COMPILED_FROM:
+        return Work.of(search_eager=n_weights)
+    return Work.of(**{"search" if norm == 2.0 else "search_power": n_weights})
+
+
+def blind_work(layer: LayerPlan) -> Work:
+    """by_rows: rounding to nearest, without inputs."""
+    how, n = layer.how, layer.spec.n_weights
+    work = Work.of(move=_NEAREST_BYTES * n, call=200)
+    if getattr(how, "search", "mse") == "none":
+        return work
+    norm, n_in = float(getattr(how, "norm", 2.0)), n // layer.spec.shape[0]
+    whole, rest = divmod(n, n_in * max(1, NUMBERS_AT_ONCE // n_in))
+    return work + search_work((n - rest) / max(1, whole), norm) * whole + search_work(rest, norm)
+
+
+def statistics_work(
+    n_rows: float, n_in: int, *, products: str, covariance: bool, cross: bool = True
+) -> Work:
+    """stats.LayerStats.add of rows of both models; products: the kind its float32 ones are.
+
+    cross: E[x y^T] is wanted, too.
+    """
+    work = numbers(n_rows * n_in, _STATISTICS_BYTES / 8, 4)
+    if covariance:
+        n_products = 2 if cross and n_in <= WIDEST else 1
+        work += Work.of(**{products: 2.0 * n_products * n_rows * n_in**2})
+    return work
+
+
+def statistics_bytes(n_in: int, *, covariance: bool) -> float:
+    """Of one layer's statistics on both sides; held-out rows are not kept of wide layers."""
+    n_products = 0 if not covariance else 4 if n_in <= WIDEST else 1
+    return n_products * float(n_in) ** 2 * precision_of(n_in).n_bytes
+
+
+def gptq_work(how: Gptq, n_out: int, n_in: int, group: int | None, *, judged: bool) -> Work:
+    """gptq.Gptq.round and diagnose.measure of one weight. judged: there are held-out rows."""
+    kind, blind = precision_of(n_in), n_in > WIDEST
+    judged = judged and not blind
+    n_dampings, n_shares = len(how.damping), 1 if blind else len(how.correct)
+    chosen = judged and n_dampings * n_shares > 1
+    square, whole = float(n_in) ** 2, float(n_out) * n_in**2
+    # _choose: a problem a damping, an evaluation of some rows for each damping, share, and again
+    n_factors = 1 + 1 + (n_dampings if judged else 0)  # and one of all rows, one of measure
+    work = Work.of(**{kind.factor: n_factors * n_in**3 / 3})
+    work += numbers(square, 8 * n_factors + 20, kind.n_bytes)
+    if chosen:
+        rows = min(n_out, _JUDGED_ROWS)
+        once = Work.of(**{kind.product: 8.0 * rows * square, kind.factor: 2.0 * rows * square})
+        work += (once + _feedback(rows, n_in, kind)) * (n_dampings + n_shares)
+    # target: W C, and two triangular systems
+    if not blind and how.correct != (0.0,):
+        work += Work.of(**{kind.product: 2 * whole, kind.factor: 2 * whole})
+    work += search_work(min(n_out, _ROWS_AT_ONCE) * n_in) * max(1.0, n_out / _ROWS_AT_ONCE)
+    nearer = _feedback(n_out, n_in, kind) + Work.of(**{kind.product: 2 * whole})
+    work += nearer * (1 + (how.polish if how.refit else 0))
+    n_groups = n_in // (group or n_in)
+    # refit_scales: two products, and for each group an array of O I; O systems of G scales
+    refit = Work.of(**{kind.product: 4 * whole, "factor64": n_out * n_groups**3 * 2 / 3})
+    refit += numbers(min(n_out, _ROWS_AT_ONCE) * n_in, 2, kind.n_bytes) * (
+        n_groups * max(1.0, n_out / _ROWS_AT_ONCE)
+    )
+    work += ((refit if how.refit else Work()) + _descent(n_out, n_in, kind)) * how.polish
+    # measure: five forms e H e^T on all rows
+    return work + Work.of(**{kind.product: (10 if judged else 6) * whole})
+
+
+def gptq_bytes(n_out: int, n_in: int) -> float:
+    """Alive at the peak of rounding one weight."""
+    n = _MATRICES if n_in <= WIDEST else _MATRICES_BLIND
+    n_bytes = precision_of(n_in).n_bytes
+    rows = min(n_out, _ROWS_AT_ONCE)
+    return n_bytes * (n * float(n_in) ** 2 + _ROW_ARRAYS * rows * n_in + 2.0 * n_out * n_in)
+
+
+def price_work(n_in: int) -> Work:
+    """choose._Price.of: a factor and two triangular systems of I I."""
+    kind = precision_of(n_in)
+    return Work.of(**{kind.factor: n_in**3 * (1 / 3 + 2)}) + numbers(n_in**2, 15, kind.n_bytes)
+
+
+def mixing_work(
+    preparers: Sequence[AnyPreparer], first: LayerPlan, second: LayerPlan, joint: str
+) -> Work:
+    """choose.choose_mixing of a pair: its candidates' estimates, each some thousand weights.
+
+    A turn has a price of its own for each candidate, an order that of the features themselves.
+    """
+    work = Work()
+    for one in preparers:
+        if not isinstance(one, (Rotate, Permute)) or joint not in one.JOINTS:
+            continue
+        width = second.spec.shape[1]
+        if width > one.widest:
+            continue
+        n_tried = 3 if isinstance(one, Permute) else len(one.kinds) + 1
+        if not work.amounts:
+            work += price_work(first.spec.shape[1]) + price_work(width)
+        if isinstance(one, Rotate):
+            turned = Work.of(**{precision_of(width).product: 4.0 * width**3})
+            work += (price_work(width) + turned) * n_tried
+        work += Work.of(search_eager=2 * _SAMPLED) * n_tried
+    return work
+
+
+def transform_work(preparers: Sequence[AnyPreparer], members: Sequence[LayerPlan]) -> Work:
+    """choose.choose_transform for the layers of one input: an estimate for each candidate.
+
+    A scaling also looks at all weights for its largest columns; a rotation has a price of its own.
+    """
+    n_in = members[0].spec.n_weights // members[0].spec.shape[0]
+    looked_at, work = Work(), Work()
+    for one in members:
+        looked_at += numbers(one.spec.n_weights, _SIZE_PASSES, 8)
+    n_tried = 0
+    for preparer in preparers:
+        if isinstance(preparer, Scale):
+            n_scales = len(preparer.alphas) * len(preparer.betas)
+            n_tried += n_scales
+            work += looked_at * n_scales
+        elif isinstance(preparer, SmoothQuant):
+            n_tried += len(preparer.alphas)
+            work += looked_at * len(preparer.alphas)
+        elif isinstance(preparer, Hadamard):
+            n_blocks = len([block for block in preparer.blocks if n_in % block == 0])
+            n_turns = n_blocks * (1 + len(preparer.scales))
+            n_tried += n_turns
+            work += looked_at * len(preparer.scales) + price_work(n_in) * n_turns
+    if not n_tried:
+        return Work()
+    sampled = sum(min(one.spec.n_weights, max(_SAMPLED, _LEAST_ROWS * n_in)) for one in members)
+    estimate = Work.of(search_eager=sampled, call=200 * len(members))
+    return work + price_work(n_in) + estimate * (1 + n_tried)
+
+
+def _feedback(n_out: int, n_in: int, kind: Precision) -> Work:
+    """feedback.feed_back: products above the diagonal, and a loop over the columns."""
+    wide = kind.n_bytes / 4
+    passes = -(-n_out // _ROWS_AT_ONCE)
+    loop: Mapping[str, float] = {
+        "feed_column": n_in * passes,
+        "feed_number": wide * n_in * n_out,
+    }
+    return Work.of(**{kind.product: float(n_out) * n_in**2}, **loop)
+
+
+def _descent(n_out: int, n_in: int, kind: Precision) -> Work:
+    """polish.descend: the gradient, products below the diagonal, and a loop over the columns."""
+    wide = kind.n_bytes / 4
+    passes = -(-n_out // _ROWS_AT_ONCE)
+    loop: Mapping[str, float] = {
+        "descend_column": n_in * passes,
+        "descend_number": wide * n_in * n_out,
+    }
+    return Work.of(**{kind.product: 3.0 * n_out * n_in**2}, **loop) + numbers(
+        n_in**2, 2, kind.n_bytes
+    )
+
+
+def group_of(layer: LayerPlan) -> int | None:
+    """Weights that share a scale along the inputs; None: a whole row."""
+    return FORMATS[layer.weights].group
