@@ -45,6 +45,7 @@ round: {use: gptq, damping: [0.01], correct: [0.5]}
 accept: {suite: tiny, limits: {psnr: 5.0}}
 """
 _TIES = 1e-3  # of all codes
+pytestmark = pytest.mark.timeout(900)  # four starts of torch, on a machine that may be busy
 
 
 class _Exports(Exception):
