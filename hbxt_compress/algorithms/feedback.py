@@ -16,9 +16,10 @@ from torch import Tensor
 
 from hbxt_compress.algorithms.grid import Grid
 
-__all__ = ["Factor", "Fed", "factorise", "feed_back", "steps"]
+__all__ = ["Factor", "Fed", "factorise", "feed_back", "runs", "steps"]
 
 _BLOCK = 128  # columns between updates of everything to their right
+_RUN = 32  # columns of a block between updates of the rest of the block
 _DRIFT = 2.0  # steps between a column's value and its level that count as drift
 
 
@@ -92,11 +93,15 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
     for start in range(0, len(order_I), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(order_I)))
         error_BO = torch.empty_like(work_IO[block])
-        for i, j in enumerate(range(block.start, block.stop)):
-            steps_O = work_IO[j].div_(scale_IO[j])
-            units_O = torch.clamp(steps_O.round(), low_IO[j], high_IO[j], out=units_IO[j])
-            error_O = torch.sub(goal_IO[j], units_O * scale_IO[j], out=error_BO[i])
-            work_IO[j + 1 : block.stop].addr_(unit_II[j, j + 1 : block.stop], error_O)
+        for run in runs(block):
+            for j in range(run.start, run.stop):
+                steps_O = work_IO[j].div_(scale_IO[j])
+                units_O = torch.clamp(steps_O.round(), low_IO[j], high_IO[j], out=units_IO[j])
+                own_O = error_BO[j - start]
+                error_O = torch.sub(goal_IO[j], units_O * scale_IO[j], out=own_O)
+                work_IO[j + 1 : run.stop].addr_(unit_II[j, j + 1 : run.stop], error_O)
+            error_RO = error_BO[run.start - start : run.stop - start]
+            work_IO[run.stop : block.stop].addmm_(unit_II[run, run.stop : block.stop].T, error_RO)
         away_BO = work_IO[block] - units_IO[block]
         n_drifted += int((away_BO.abs() > _DRIFT).sum())
         loss_O += factor.pivots_I[order_I[block]] @ (away_BO * scale_IO[block]).square()
@@ -104,6 +109,12 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
     levels_OI = torch.empty_like(target_OI, dtype=unit_II.dtype)
     levels_OI[:, order_I] = (units_IO + zero_IO).T
     return Fed(levels_OI=levels_OI, loss_O=loss_O, n_drifted=n_drifted)
+
+
+def runs(block: slice) -> list[slice]:
+    """A block of columns in runs: few enough that what one column changes stays near the core."""
+    starts = range(block.start, block.stop, _RUN)
+    return [slice(start, min(start + _RUN, block.stop)) for start in starts]
 
 
 def steps(grid: Grid, order_I: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from hbxt_compress.algorithms.objective import Judge, Moments, Order, Problem, S
 from hbxt_compress.algorithms.polish import descend, refit_scales
 from hbxt_compress.algorithms.rounded import Rounded
 from hbxt_compress.algorithms.scales import search_scales
+from hbxt_compress.algorithms.threads import each_alone
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.strict import Settings
@@ -207,10 +208,14 @@ class Gptq(Settings):
     def _rounded(
         self, target_OI: Tensor, problem: Problem, fmt: WeightFormat, polish: int
     ) -> _Result:
-        parts = [
-            self._rounded_rows(rows_OI, problem, fmt, polish)
-            for rows_OI in target_OI.split(_ROWS_AT_ONCE)
-        ]
+        def work(rows_OI: Tensor) -> _Result:
+            return self._rounded_rows(rows_OI, problem, fmt, polish)
+
+        # Columns are taken in turn, by each core for its own rows; of few inputs loops are short.
+        alone = target_OI.dtype == torch.float32 and target_OI.device.type == "cpu"
+        shares = -(-len(target_OI) // torch.get_num_threads()) if alone else _ROWS_AT_ONCE
+        rows = target_OI.split(min(_ROWS_AT_ONCE, shares))
+        parts = each_alone(work, rows) if alone else [work(one) for one in rows]
         zeros = [part.grid.zeros_OG for part in parts]
         grid = replace(
             parts[0].grid,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hbxt_compress.algorithms.feedback import steps
+from hbxt_compress.algorithms.feedback import runs, steps
 from hbxt_compress.algorithms.grid import Grid
 
 __all__ = ["descend", "quadratic", "refit_scales"]
@@ -43,16 +43,20 @@ def descend(
         block = slice(start, min(start + _BLOCK, len(order_I)))
         local_BO = gradient_IO[block].clone()
         move_BO = torch.zeros_like(local_BO)
-        for i, j in enumerate(range(block.start, block.stop)):
-            best_O = units_IO[j] + local_BO[i].div_(curve_I[j]).div_(scale_IO[j])
-            step_O = best_O.round_().clamp_(low_IO[j], high_IO[j]).sub_(units_IO[j])
-            changed = int(step_O.count_nonzero())
-            if not changed:
-                continue
-            n_changed += changed
-            units_IO[j] += step_O
-            move_O = torch.mul(step_O, scale_IO[j], out=move_BO[i])
-            local_BO[i + 1 :].addr_(hessian_II[j + 1 : block.stop, j], move_O, alpha=-1)
+        for run in runs(block):
+            first, behind = run.start - start, run.stop - start
+            for i, j in enumerate(range(run.start, run.stop), start=first):
+                best_O = units_IO[j] + local_BO[i].div_(curve_I[j]).div_(scale_IO[j])
+                step_O = best_O.round_().clamp_(low_IO[j], high_IO[j]).sub_(units_IO[j])
+                changed = int(step_O.count_nonzero())
+                if not changed:
+                    continue
+                n_changed += changed
+                units_IO[j] += step_O
+                move_O = torch.mul(step_O, scale_IO[j], out=move_BO[i])
+                local_BO[i + 1 : behind].addr_(hessian_II[j + 1 : run.stop, j], move_O, alpha=-1)
+            rest_II = hessian_II[run.stop : block.stop, run]
+            local_BO[behind:].addmm_(rest_II, move_BO[first:behind], alpha=-1)
         gradient_IO[block.stop :].addmm_(hessian_II[block.stop :, block], move_BO, alpha=-1)
     moved_OI = torch.empty_like(target_OI, dtype=hessian_II.dtype)
     moved_OI[:, order_I] = (units_IO + zero_IO).T
@@ -78,9 +82,10 @@ def refit_scales(
     slope_OG = (error_OI @ hessian_II * unit_OI).reshape(n_out, n_groups, size).sum(2).double()
     curve_OGG = slope_OG.new_empty(n_out, n_groups, n_groups)
     for g in range(n_groups):
-        one = slice(g * size, (g + 1) * size)
-        product_OI = unit_OI[:, one] @ hessian_II[one] * unit_OI
-        curve_OGG[:, g] = product_OI.reshape(n_out, n_groups, size).sum(2)
+        one, later = slice(g * size, (g + 1) * size), slice(g * size, None)
+        product_OI = unit_OI[:, one] @ hessian_II[one, later] * unit_OI[:, later]
+        curve_OGG[:, g, g:] = product_OI.reshape(n_out, n_groups - g, size).sum(2)
+        curve_OGG[:, g + 1 :, g] = curve_OGG[:, g, g + 1 :]
     mean_O = curve_OGG.diagonal(dim1=1, dim2=2).mean(1)
     ridge_O = (_RIDGE * mean_O).clamp_min(torch.finfo(torch.float64).tiny)
     eye_GG = torch.eye(n_groups).to(curve_OGG)

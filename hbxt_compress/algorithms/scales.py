@@ -27,11 +27,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
 from operator import mul
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.grid import Grid
+from hbxt_compress.algorithms.threads import each_alone, one_thread
 from hbxt_compress.formats import WeightFormat
 
 __all__ = ["search_scales"]
@@ -41,9 +43,10 @@ _RATIOS = tuple(i / 100 for i in (*range(24, 60, 6), *range(60, 112, 3), *range(
 _RATIOS_NEAR_1 = tuple(i / 100 for i in range(54, 127, 6))
 _N_REFITS = 2
 _WEIGHTS_AT_ONCE = 1 << 18  # of a chunk of rows: its few copies stay near the core
-_COMPILED_AT_ONCE = 1 << 22  # weights of a chunk in compiled code, which keeps no copies
+_COMPILED_AT_ONCE = 1 << 20  # weights of a chunk in compiled code, which keeps no copies
 _COMPILED_FROM = 1 << 19  # weights: compiling takes as long as searching some ten million
 _VARIANTS = 64  # of compiled code: formats, norms, with importances or without, one group or many
+_COMPILING = Lock()
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 
 Found = tuple[Tensor, Tensor | None]
@@ -79,14 +82,15 @@ def search_scales(
         halves=round(2 * norm),
     )
     find: Callable[[Tensor, Tensor | None], Found] = how.nearest if thorough else how.range_alone
-    at_once = _WEIGHTS_AT_ONCE
     large = weight_OI.device.type == "cpu" and weight_OI.numel() >= _COMPILED_FROM
-    if thorough and large and (compiled := _compiled(how)):
-        find, at_once = compiled, _COMPILED_AT_ONCE
-    found = [
-        find(chunk_OI.float().reshape(len(chunk_OI), -1, size), root_GS)
-        for chunk_OI in weight_OI.detach().split(max(1, at_once // n_in))
-    ]
+    compiled = _compiled(how, root_GS is not None) if thorough and large else None
+
+    def of_rows(rows_OI: Tensor) -> Found:
+        return (compiled or find)(rows_OI.float().reshape(len(rows_OI), -1, size), root_GS)
+
+    at_once = _WEIGHTS_AT_ONCE if compiled is None else _COMPILED_AT_ONCE
+    chunks = weight_OI.detach().split(max(1, at_once // n_in))
+    found = [of_rows(one) for one in chunks] if compiled is None else each_alone(of_rows, chunks)
     zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
     return Grid(
         scales_OG=torch.cat([scale_OG for scale_OG, _ in found]),
@@ -224,29 +228,32 @@ class _Search:
         return fitted_OG1
 
 
+def _compiled(how: _Search, weighted: bool) -> Callable[[Tensor, Tensor | None], Found] | None:
+    with _COMPILING:
+        return _compile(how, weighted)
+
+
 @cache
-def _compiled(how: _Search) -> Callable[[Tensor, Tensor | None], Found] | None:
+def _compile(how: _Search, weighted: bool) -> Callable[[Tensor, Tensor | None], Found] | None:
     """The search in compiled code; None, with a warning, where there is no compiler for it."""
     exactly: dict[str, str | int | bool | Callable[..., object]] = {
         "emulate_precision_casts": True  # or rounding to float16 is optimised away
     }
     compiled = torch.compile(how.nearest, dynamic=True, options=exactly)
-
-    def find(w_OGS: Tensor, root_GS: Tensor | None) -> Found:
-        with torch._dynamo.config.patch(recompile_limit=_VARIANTS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
-            found: Found = compiled(w_OGS, root_GS)
-        return found
-
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     try:
-        find(torch.ones(2, 2, 32), None)
+        with one_thread(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
+            compiled(
+                torch.ones(3, 5, 32), torch.ones(5, 32) if weighted else None
+            )  # all sizes differ
     except Exception as error:  # whatever a compiler that is not there raises
         told = str(error).strip().splitlines() or [type(error).__name__]
         log.warning(
             "scales are searched without compiled code, some thirty times slower: %s", told[-1]
         )
         return None
-    return find
+    return compiled
 
 
 def _power(size: Tensor, halves: int) -> Tensor:

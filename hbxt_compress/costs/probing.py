@@ -52,7 +52,11 @@ def probe_cost(model: ShownModel, choices: Sequence[Choice], n_prompts: int) -> 
         states = sum(one.n * one.states for one in batches)
         if not states:
             continue
-        n_samples = 1 if component == "text_encoder" else math.ceil(LEAST_SAMPLES / states)
+        n_samples = (
+            1
+            if component == "text_encoder"
+            else math.ceil((1 if large else LEAST_SAMPLES) / states)
+        )
         n_samples = 4 if component == "text_encoder" else n_samples  # shares of all samples
         coarse = parameters[component] > LARGE
         done, alive = _toured(batches, own, n_blocks, n_samples, "coarse" if coarse else "float32")

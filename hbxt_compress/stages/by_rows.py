@@ -6,15 +6,14 @@ So a table larger than memory can be rounded, and smaller weights stay near the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from hbxt_compress.algorithms.threads import each_alone
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
@@ -41,22 +40,10 @@ def round_blindly(
         CalibrationError: a rounder refuses one.
     """
     largest_first = sorted(layers, key=lambda layer: -layer.spec.n_weights)
-    with _one_thread_a_layer() as pool:
-        rounded = list(pool.map(lambda layer: _rounded(weights, layer, device), largest_first))
+    # One layer a core: while one is computed, another is read
+    rounded = each_alone(lambda layer: _rounded(weights, layer, device), largest_first)
     names = (layer.spec.name for layer in largest_first)
     save_block(path, dict(zip(names, rounded, strict=True)))
-
-
-@contextmanager
-def _one_thread_a_layer() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as torch has threads; each computes alone, and meanwhile others read."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def activation_payload(layer: LayerPlan, inputs: LayerInputs | None) -> Mapping[str, Tensor]:

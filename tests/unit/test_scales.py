@@ -399,12 +399,12 @@ def test_a_machine_without_a_compiler_is_told_what_it_costs(
     def refuse(*_: object, **__: object) -> object:
         raise RuntimeError("no working C++ compiler")
 
-    scales._compiled.cache_clear()
+    scales._compile.cache_clear()
     monkeypatch.setattr(scales, "_COMPILED_FROM", 1)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
     weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     grid = search_scales(weight_OI, FORMATS["int4-g64"])
-    scales._compiled.cache_clear()
+    scales._compile.cache_clear()
     assert "no working C++ compiler" in caplog.text
     monkeypatch.undo()
     assert torch.equal(grid.scales_OG, search_scales(weight_OI, FORMATS["int4-g64"]).scales_OG)
