@@ -118,7 +118,10 @@ def test_least_work_counts_every_byte_and_weight_once(tmp_path: Path) -> None:
     for name in ("w4a16-fast", "tiny"):
         recipe = load_recipe(name)
         planned = make_plan(recipe, family.layers(source), family.parameters(source))
-        found[name] = least_work(recipe, planned.to_json(), source, 5000), planned
+        document = planned.to_json()
+        if name == "tiny":
+            document |= {"calibration": {"n": 3, "n_states": 2, "n_tokens": 32}}
+        found[name] = least_work(recipe, document, source, 5000), planned
     fast, planned = found["w4a16-fast"]
     on_disk = stored_bytes(folder) - (folder / ".stamp").stat().st_size
     assert fast.read_bytes == on_disk
@@ -128,9 +131,9 @@ def test_least_work_counts_every_byte_and_weight_once(tmp_path: Path) -> None:
     assert fast.flops == 0
     calibrated = found["tiny"][0]
     assert calibrated.searched == {2.0: fast.searched[3.5]}
-    tokens, forwards = 2 * 4 * 4, 3 * 4 * 2  # 2x8x8 latents; prompts, steps, branches
+    tokens = 3 * 2 * 32 * 2  # prompts, states, tokens of each, branches
     n_weights = sum(map(math.prod, Checkpoint(transformer="tiny").shapes()["transformer"].values()))
-    assert calibrated.flops == 2 * n_weights * tokens * forwards
+    assert calibrated.flops == 2 * 2 * n_weights * tokens  # two models
 
 
 def test_a_prediction_is_taken_where_the_plan_has_one() -> None:

@@ -13,7 +13,7 @@ from hbxt_compress.quantized import QuantizedModel
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.source import locate
 from hbxt_compress.stages import export
-from hbxt_compress.store import Store
+from hbxt_compress.store import Store, Work
 
 
 def _recipe(name: str, largest: float) -> Recipe:
@@ -38,7 +38,7 @@ def test_the_manifest_has_the_steps_that_were_left_out(micro_wan: Path, tmp_path
         plan = make_plan(recipe, family.layers(source), family.parameters(source))
         none = QuantizedModel(weights={})
         about = (family, source, "m", plan, none, recipe, None, plan.components())
-        said = export._manifest(tmp_path, *about).recipe.get("left_out")
+        said = export._manifest(Work(tmp_path), *about).recipe.get("left_out")
         if steps is None:
             assert said is None
             continue

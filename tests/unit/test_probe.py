@@ -239,14 +239,14 @@ def test_text_layers_are_judged_by_what_reaches_the_velocity(
 
 @pytest.mark.parametrize(
     ("name", "value", "moved"),
-    [("_WHOLE", 128, ("ffn.net.2", ".wo")), ("_WEIGHTS", 1 << 12, ("",))],
+    [("WHOLE", 128, ("ffn.net.2", ".wo")), ("WEIGHTS", 1 << 12, ("",))],
 )
 def test_a_wide_layer_is_judged_by_slices_and_a_large_one_by_some_rows(
     source: Source, seen: Entry, damages: _Damages, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, name: str, value: int, moved: tuple[str, ...],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sensitivity, name, value)
-    monkeypatch.setattr(sensitivity, "_SLICE", 128)
+    monkeypatch.setattr(sensitivity, "SLICE", 128)
     probe(Work(tmp_path), source, _choices(source), seen, Machine())
     for layer, row in read_damages(tmp_path).items():
         for fmt in _RISING:
