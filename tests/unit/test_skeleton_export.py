@@ -148,7 +148,7 @@ def test_files_that_disagree_with_the_config_are_refused_unread(
 
 
 def _write(folder: Path, source: Source, recipe: str, quantized: QuantizedModel) -> None:
-    stage._write(folder, family_of(source), source, "transformer", _plan(source, recipe), quantized)
+    stage._write(family_of(source), source, "transformer", _plan(source, recipe), quantized, folder)
 
 
 def _plan(source: Source, recipe: str) -> Plan:
@@ -271,7 +271,7 @@ for folder in sys.argv[1:]:
     family = family_of(source)
     plan = make_plan(load_recipe("fp16"), family.layers(source), family.parameters(source))
     out = Path(folder) / "out"
-    _write(out, family, source, "transformer", plan, QuantizedModel(weights={}))
+    _write(family, source, "transformer", plan, QuantizedModel(weights={}), out)
     # not ru_maxrss, which a child takes over from the process that started it
     status = Path("/proc/self/status").read_text()
     peaks.append(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]))
