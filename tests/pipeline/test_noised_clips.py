@@ -100,7 +100,7 @@ def test_a_moved_folder_is_found_and_a_solver_refused(
     shutil.copytree(folder, folder.with_name("moved"))
     moved = str(folder.with_name("moved") / "real.yaml")
     again = tuned.model_copy(update={"calibration": moved})
-    done = [(s, state) for s, _, state in pipeline.status(again, str(micro_wan), store)]
+    done = [(s, state) for s, _, state, _ in pipeline.status(again, str(micro_wan), store)]
     # the recipe's own text names the folder, and an artifact carries its recipe
     stages = ("noise_clips", "quantize", "refine")
     assert done == [*((stage, "done") for stage in stages), ("export", "missing")]
@@ -116,7 +116,7 @@ def test_the_states_are_filed_once_for_every_recipe(
     assert artifact.exists()
     other = tuned.model_copy(update={"refine": ()})
     seen = pipeline.status(other, str(micro_wan), store)
-    assert [(stage, state) for stage, _, state in seen][:2] == [
+    assert [(stage, state) for stage, _, state, _ in seen][:2] == [
         ("noise_clips", "done"),
         ("quantize", "done"),
     ]
