@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from hbxt_compress.weights import Weights
 
-__all__ = ["Carry", "Chain", "layer_at", "watch"]
+__all__ = ["LARGE", "Carry", "Chain", "layer_at", "watch"]
 
 
 _CPU = torch.device("cpu")
-_EXACT_TO = 1_000_000_000  # parameters
+LARGE = 1_000_000_000
+"""parameters of a component above which its blocks multiply in bfloat16"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +40,7 @@ class Chain:
 
     weights: None if the module has its own. Else it is a skeleton, to run on `device`: what lies
     outside the blocks is read now, a block's weights between `enter` and `leave`. Blocks of more
-    than a billion parameters in all multiply in bfloat16, and keep such weights as they are stored:
-    what layers see then has noise of some -50 dB, and costs a fifth.
+    than a billion parameters in all multiply in bfloat16, and keep such weights as they are stored.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Chain:
         self._weights, self._device = weights, device
         self.blocks = list(module.get_submodule(blocks).children())
         n_parameters = sum(parameter.numel() for parameter in module.parameters())
-        self.is_large = weights is not None and n_parameters > _EXACT_TO
+        self.is_large = weights is not None and n_parameters > LARGE
         if weights is not None:
             self._read_loose(weights)
 

@@ -177,7 +177,7 @@ def quantize(
     if smoke and ranks.leads:
         from hbxt_compress.smoke import try_out
 
-        log.warning("%s", try_out(found, model, results.root, machine=machine).text)
+        click.echo(try_out(found, model, results.root, machine=machine).text, err=True)
     folder = pipeline.compress(found, model, results, machine=machine, out=out)
     show.artifact(Artifact.open(folder, verify=False), as_json)
 

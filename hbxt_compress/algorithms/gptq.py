@@ -68,7 +68,7 @@ class Gptq(Settings):
     Lists are candidates: the best on held-out rows is used, or the middle one if there are none.
     """
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
 
     damping: Annotated[tuple[_Damping, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Added to the variance of each input, as a share of the mean variance."""

@@ -250,7 +250,8 @@ def _compile(how: _Search, weighted: bool) -> Callable[[Tensor, Tensor | None], 
     except Exception as error:  # whatever a compiler that is not there raises
         told = str(error).strip().splitlines() or [type(error).__name__]
         log.warning(
-            "scales are searched without compiled code, some thirty times slower: %s", told[-1]
+            "scales of large weights are searched without compiled code, several times slower: %s",
+            told[-1],
         )
         return None
     return compiled

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from hbxt_compress.chain import LARGE
 from hbxt_compress.costs.rounding import (
     numbers,
     precision_of,
@@ -21,7 +22,6 @@ from hbxt_compress.costs.stages import BASE_BYTES, StageCost
 from hbxt_compress.costs.work import Work
 from hbxt_compress.plan import FULL_PRECISION, Choice
 from hbxt_compress.stages.probe import (
-    LARGE,
     LEAST_SAMPLES,
     N_HELD_OUT,
     N_PROMPTS,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hbxt_compress.algorithms import SAMPLER_REFINERS
 from hbxt_compress.algorithms.gptq import Gptq
 from hbxt_compress.algorithms.recover import Recover
+from hbxt_compress.chain import LARGE
 from hbxt_compress.costs.counting import Group, Passes
 from hbxt_compress.costs.rounding import (
     COMPILED_FROM,
@@ -32,6 +33,7 @@ from hbxt_compress.models import Family
 from hbxt_compress.plan import LayerPlan, Plan
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source
+from hbxt_compress.stages.prepare import THIN
 
 __all__ = [
     "BASE_BYTES",
@@ -70,8 +72,6 @@ _DECODE_PASSES = 6  # over a weight: walk.set_weights, and decoding to measure a
 _STUDENT_PASSES = 12  # over a weight in a step of recovery: decoding there and back
 _ADAM_PASSES = 10  # over a number that is tuned
 _BACKWARD = 3.0  # a forward and its gradients, in forwards
-_THIN = 5  # as in stages/prepare.py
-_COARSE_FROM = 1_000_000_000  # parameters, as in chain.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +245,7 @@ def _walked(
     if not batches:
         return Work(), 0.0
     parameters = model.family.parameters(model.source)[component]
-    products = "coarse" if parameters > _COARSE_FROM else "float32"
+    products = "coarse" if parameters > LARGE else "float32"
     n_blocks, bits = _n_blocks(model, component), _block_parameters(model, component)
     work, stats_peak, rounding_peak = Work(), 0.0, 0.0
     for batch in batches:
@@ -311,7 +311,7 @@ def _mixed(
                 ends |= {pair.first: first, pair.second: second}
     for batch in batches if ends else ():
         learnt = batch.n - batch.n_held_out
-        n = -(-learnt // _THIN) + batch.n_held_out
+        n = -(-learnt // THIN) + batch.n_held_out
         work += batch.passes.block.work(products) * (2 * n)
         for i, group in _groups(batch.passes, block):
             for module in group:

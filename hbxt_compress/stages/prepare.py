@@ -25,10 +25,10 @@ from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.stages.walk import Station
 from hbxt_compress.stats import LayerInputs
 
-__all__ = ["Kept", "input_transform", "mix"]
+__all__ = ["THIN", "Kept", "input_transform", "mix"]
 
 # Choosing a mixing takes fewer rows than rounding; 5 batches on is another step and another branch.
-_THIN = 5
+THIN = 5
 
 
 class Kept:
@@ -77,7 +77,7 @@ def mix(
     if not joined:
         return chosen
     ends = [end for pair, _ in joined for end in (pair.first, pair.second)]
-    inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance", thin=_THIN)
+    inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance", thin=THIN)
     for pair, makers in joined:
         first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
         fmts = FORMATS[planned[pair.first].weights], FORMATS[planned[pair.second].weights]

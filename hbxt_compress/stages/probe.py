@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hbxt_compress.algorithms.scales import search_scales
-from hbxt_compress.chain import layer_at
+from hbxt_compress.chain import LARGE, layer_at
 from hbxt_compress.errors import CalibrationError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName
@@ -41,7 +41,6 @@ from hbxt_compress.trajectories import load_trajectories
 
 __all__ = [
     "FACTS",
-    "LARGE",
     "LEAST_SAMPLES",
     "N_HELD_OUT",
     "N_PROMPTS",
@@ -55,8 +54,7 @@ VERSION = 3
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding
-LARGE = 1_000_000_000  # parameters of a component
-N_PROMPTS_OF_LARGE = 3  # of which a damage is known to 1 dB, not 0.3 dB
+N_PROMPTS_OF_LARGE = 3  # and one sample of signs a state; the log tells the standard errors
 N_HELD_OUT = 3  # of them
 LEAST_SAMPLES = 48  # of random signs; where states are fewer, each gets several
 _N_SHARES = 4  # of the samples: a prompt's text answers for each share by itself

@@ -1,4 +1,4 @@
-"""How exactly statistics of large components are summed: coarser, and three times as fast."""
+"""How exactly statistics of large components are summed: as coarsely as their blocks multiply."""
 
 from __future__ import annotations
 

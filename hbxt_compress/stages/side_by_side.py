@@ -217,18 +217,6 @@ class SideBySide:
         else:
             self._carries = results
 
-    @torch.no_grad()
-    def output(self, piece: str, index: int) -> Tensor:
-        """What the full-precision model, as it is now, makes of one batch from a piece on."""
-        batch = self.batches[index]
-        if piece == HEAD:
-            return self.full.whole(*batch.full)
-        carry = self._carries[index][0]
-        first = len(self.full.blocks) if piece == TAIL else int(piece)
-        for k in range(first, len(self.full.blocks)):
-            carry = self.full.block(k, carry)
-        return self.full.tail(carry, *batch.full)
-
     def _run(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
         """A piece of one model on one batch: a Carry, or the output from the tail."""
         batch = self.batches[index]

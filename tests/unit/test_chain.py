@@ -170,7 +170,7 @@ def test_blocks_of_a_large_model_multiply_in_bfloat16(
     inputs = _inputs("transformer")
     found = []
     for exact_to in (10**12, 0):
-        monkeypatch.setattr(chain_module, "_EXACT_TO", exact_to)
+        monkeypatch.setattr(chain_module, "LARGE", exact_to)
         chain = family.streamed(source, "transformer", torch.device("cpu"))
         carry = chain.head(*inputs)
         for k in range(len(chain.blocks)):
