@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need"]
+__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need", "mirror"]
 
 Need = Literal["moments", "covariance"]
 """moments: means, squares and largest values. covariance: also E[y y^T] and E[x y^T]."""
@@ -24,6 +24,7 @@ Need = Literal["moments", "covariance"]
 _ROWS_AT_ONCE = 4096  # of float32 products between additions to the float64 sums
 _NUMBERS_AT_ONCE = 1 << 24  # of them, which are copied in float64
 _EXAMPLES = 2  # rows kept of each tensor that is added
+_COLUMNS_AT_ONCE = 1024  # of y y^T, so that hardly more than its upper triangle is computed
 _FLOAT64_TO = 2048  # inputs
 WIDEST = 8192
 """inputs of a layer above which E[x y^T] is left out, and no rows are held out"""
@@ -35,8 +36,9 @@ class LayerStats:
 
     n: rows seen. weight: sum of their weights. shift_I: what is subtracted from x and y in the
     sums below. total_x_I, total_y_I, squares_y_I: sums. absmax_I: max |y|, unshifted, unweighted.
-    products_yy_II, products_xy_II: sums of y y^T and x y^T, float64 or (many inputs) float32; None
-    where nobody needs them or, of x y^T, where the inputs are too many.
+    products_yy_II, products_xy_II: sums of y y^T, of which the upper triangle counts, and of
+    x y^T, float64 or (many inputs) float32; None where nobody needs them or, of x y^T, where the
+    inputs are too many.
     examples: some rows y, float32 N I each, unshifted, whatever their weight.
     """
 
@@ -117,7 +119,10 @@ class LayerStats:
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
             if self.products_yy_II is not None:
                 left, right = shifted_x.float(), shifted_y.float()
-                _add_products(self.products_yy_II, right, right, weight)
+                for start in range(0, right.shape[1], _COLUMNS_AT_ONCE):
+                    some, later = slice(start, start + _COLUMNS_AT_ONCE), slice(start, None)
+                    own_II = self.products_yy_II[some, later]
+                    _add_products(own_II, right[:, some], right[:, later], weight)
                 if self.products_xy_II is not None:
                     _add_products(self.products_xy_II, right if x is y else left, right, weight)
 
@@ -178,7 +183,7 @@ class LayerStats:
 
     def hessian(self, *, centred: bool) -> Tensor:
         """Cov(y) if centred, else E[y y^T]; I I, symmetric, in the products' precision."""
-        return self._second(self.products_yy_II, self.mean_y_I, centred)
+        return mirror(self._second(self.products_yy_II, self.mean_y_I, centred))
 
     def cross(self, *, centred: bool) -> Tensor:
         """Cov(x, y) if centred, else E[x y^T]; I I, x along the rows, as the products."""
@@ -194,6 +199,16 @@ class LayerStats:
         if not centred:
             found_II += torch.outer(mean_left_I, self.mean_y_I).to(found_II)
         return found_II
+
+
+def mirror(matrix_II: Tensor) -> Tensor:
+    """The same matrix, its upper triangle now copied to the lower one."""
+    for start in range(0, len(matrix_II), _COLUMNS_AT_ONCE):
+        some, later = slice(start, start + _COLUMNS_AT_ONCE), slice(start + _COLUMNS_AT_ONCE, None)
+        upper_II = matrix_II[some, some].triu()
+        matrix_II[some, some] = upper_II + upper_II.triu(1).T
+        matrix_II[later, some] = matrix_II[some, later].T
+    return matrix_II
 
 
 def _add_products(sum_II: Tensor, left_NI: Tensor, right_NI: Tensor, weight: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.objective import Moments
+from hbxt_compress.algorithms.polish import quadratic
 from hbxt_compress.quantized import Loss
 from hbxt_compress.stats import LayerInputs, LayerStats
 
@@ -71,7 +72,7 @@ def measure(
     log_geomean = float(pivots_I.log().mean())
     mean_pivot = float(pivots_I.mean())
     rounded_OI = lost_OI if target_OI is None else target_OI.to(dtype) - decoded_OI
-    loss = float((rounded_OI @ moments.hessian_II * rounded_OI).sum())
+    loss = float(quadratic(rounded_OI, moments.hessian_II).sum())
     spread = float(weight_OI[:, alive_I].square().mean())
     n_weights = weight_OI.shape[0] * int(alive_I.sum())
     geomean_db = log_geomean * _db(math.e)
@@ -96,9 +97,9 @@ def _error(
         mean_O = given_O - got_O - shift_O
     mean = float(mean_O.square().sum())
     if stats.products_yy_II is not None:
-        second_II = stats.hessian(centred=False)
-        lost = float((lost_OI @ stats.hessian(centred=True) * lost_OI).sum()) + mean
-        return _ratio(lost, float((weight_OI @ second_II * weight_OI).sum()))
+        kept = float(quadratic(weight_OI, stats.hessian(centred=False)).sum())
+        lost = float(quadratic(lost_OI, stats.hessian(centred=True)).sum()) + mean
+        return _ratio(lost, kept)
     square_I = stats.mean_square_I
     kept = float(weight_OI.square().sum(0) @ square_I)
     if shift_O is None:

@@ -9,6 +9,7 @@ come from one Cholesky of H read backwards, so H is never inverted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from hbxt_compress.algorithms.grid import Grid
 
-__all__ = ["Factor", "Fed", "factorise", "feed_back", "runs", "steps"]
+__all__ = ["Factor", "Fed", "by_group", "factorise", "feed_back", "in_halves", "natural_order"]
 
-_BLOCK = 128  # columns between updates of everything to their right
-_RUN = 32  # columns of a block between updates of the rest of the block
+_RUN = 32  # columns whose errors go to those next to them one by one
 _DRIFT = 2.0  # steps between a column's value and its level that count as drift
 
 
@@ -84,44 +84,62 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
     under every error so far, and pulling a column back to the grid before passing on costs dB.
     """
     order_I, unit_II = factor.order_I, factor.unit_II
-    scale_IO, zero_IO = steps(grid, order_I, unit_II.dtype)
-    low_IO, high_IO = -grid.below - zero_IO, grid.above - zero_IO
-    goal_IO = target_OI.to(unit_II).T[order_I]
+    scale_GO, zero_GO = by_group(grid, unit_II.dtype)
+    low_GO, high_GO = -grid.below - zero_GO, grid.above - zero_GO
+    group_I = order_I // grid.group
+    goal_IO = target_OI.to(unit_II).T.contiguous()[order_I]
     work_IO, units_IO = goal_IO.clone(), torch.empty_like(goal_IO)
     loss_O = goal_IO.new_zeros(len(target_OI))
     n_drifted = 0
-    for start in range(0, len(order_I), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(order_I)))
-        error_BO = torch.empty_like(work_IO[block])
-        for run in runs(block):
-            for j in range(run.start, run.stop):
-                steps_O = work_IO[j].div_(scale_IO[j])
-                units_O = torch.clamp(steps_O.round(), low_IO[j], high_IO[j], out=units_IO[j])
-                own_O = error_BO[j - start]
-                error_O = torch.sub(goal_IO[j], units_O * scale_IO[j], out=own_O)
-                work_IO[j + 1 : run.stop].addr_(unit_II[j, j + 1 : run.stop], error_O)
-            error_RO = error_BO[run.start - start : run.stop - start]
-            work_IO[run.stop : block.stop].addmm_(unit_II[run, run.stop : block.stop].T, error_RO)
-        away_BO = work_IO[block] - units_IO[block]
-        n_drifted += int((away_BO.abs() > _DRIFT).sum())
-        loss_O += factor.pivots_I[order_I[block]] @ (away_BO * scale_IO[block]).square()
-        work_IO[block.stop :].addmm_(unit_II[block, block.stop :].T, error_BO)
-    levels_OI = torch.empty_like(target_OI, dtype=unit_II.dtype)
-    levels_OI[:, order_I] = (units_IO + zero_IO).T
+    for run, later in in_halves(len(order_I)):
+        if later is not None:  # goal_IO holds the errors of what is rounded
+            work_IO[later].addmm_(unit_II[run, later].T, goal_IO[run])
+            continue
+        for j, g in zip(range(run.start, run.stop), group_I[run].tolist(), strict=True):
+            steps_O = work_IO[j].div_(scale_GO[g])
+            units_O = torch.clamp(steps_O.round(), low_GO[g], high_GO[g], out=units_IO[j])
+            error_O = goal_IO[j].sub_(units_O * scale_GO[g])
+            work_IO[j + 1 : run.stop].addr_(unit_II[j, j + 1 : run.stop], error_O)
+        away_RO = work_IO[run] - units_IO[run]
+        n_drifted += int((away_RO.abs() > _DRIFT).sum())
+        away_RO *= scale_GO[group_I[run]]
+        loss_O += factor.pivots_I[order_I[run]] @ away_RO.square_()
+    levels_OI = natural_order(units_IO, order_I, grid, zero_GO)
     return Fed(levels_OI=levels_OI, loss_O=loss_O, n_drifted=n_drifted)
 
 
-def runs(block: slice) -> list[slice]:
-    """A block of columns in runs: few enough that what one column changes stays near the core."""
-    starts = range(block.start, block.stop, _RUN)
-    return [slice(start, min(start + _RUN, block.stop)) for start in starts]
+def in_halves(n: int) -> Iterator[tuple[slice, slice | None]]:
+    """In which order to take columns 0..n-1, each of which changes all after it.
+
+    (run, None): take these, one by one. (done, later): what was taken in `done` now changes
+    `later`. So nearly all work is products of matrices as large as can be.
+    """
+
+    def span(start: int, stop: int) -> Iterator[tuple[slice, slice | None]]:
+        if stop - start <= _RUN:
+            yield slice(start, stop), None
+            return
+        middle = start + -(-(stop - start) // (2 * _RUN)) * _RUN
+        yield from span(start, middle)
+        yield slice(start, middle), slice(middle, stop)
+        yield from span(middle, stop)
+
+    return span(0, n)
 
 
-def steps(grid: Grid, order_I: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each input column in an order, I O."""
-    scale_OI, zero_OI = grid.columns(order_I)
-    scale_IO = scale_OI.to(precision).T.contiguous()
-    if zero_OI is None:
-        return scale_IO, torch.zeros_like(scale_IO)
-    zero_IO = zero_OI.to(precision).T.contiguous()
-    return scale_IO, zero_IO
+def by_group(grid: Grid, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each group, G O."""
+    scale_GO = grid.scales_OG.to(precision).T.contiguous()
+    if grid.zeros_OG is None:
+        return scale_GO, torch.zeros_like(scale_GO)
+    return scale_GO, grid.zeros_OG.to(precision).T.contiguous()
+
+
+def natural_order(units_IO: Tensor, order_I: Tensor, grid: Grid, zero_GO: Tensor) -> Tensor:
+    """Levels O I of levels less zeros whose columns are in another order."""
+    place_I = torch.empty_like(order_I)
+    place_I[order_I] = torch.arange(len(order_I), device=order_I.device)
+    levels_IO = units_IO[place_I]
+    if grid.zeros_OG is not None:
+        levels_IO += zero_GO.repeat_interleave(grid.group, dim=0)
+    return levels_IO.T.contiguous()

@@ -22,7 +22,6 @@ from hbxt_compress.algorithms.objective import Judge, Moments, Order, Problem, S
 from hbxt_compress.algorithms.polish import descend, refit_scales
 from hbxt_compress.algorithms.rounded import Rounded
 from hbxt_compress.algorithms.scales import search_scales
-from hbxt_compress.algorithms.threads import each_alone
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.strict import Settings
@@ -68,7 +67,7 @@ class Gptq(Settings):
     Lists are candidates: the best on held-out rows is used, or the middle one if there are none.
     """
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     damping: Annotated[tuple[_Damping, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Added to the variance of each input, as a share of the mean variance."""
@@ -160,7 +159,7 @@ class Gptq(Settings):
             if (i, j) not in known:
                 target_OI = problems[i].target(some_OI, shares[j]) - base_OI
                 nearest_OI = grid.levels(target_OI.float()).to(target_OI)
-                levels_OI, _ = _nearer(target_OI, problems[i], grid, nearest_OI)
+                levels_OI, _, _ = _nearer(target_OI, problems[i], grid, nearest_OI)
                 known[i, j] = judge.loss(some_OI, grid.value(levels_OI).to(base_OI) + base_OI)
             return known[i, j]
 
@@ -208,14 +207,10 @@ class Gptq(Settings):
     def _rounded(
         self, target_OI: Tensor, problem: Problem, fmt: WeightFormat, polish: int
     ) -> _Result:
-        def work(rows_OI: Tensor) -> _Result:
-            return self._rounded_rows(rows_OI, problem, fmt, polish)
-
-        # Columns are taken in turn, by each core for its own rows; of few inputs loops are short.
-        alone = target_OI.dtype == torch.float32 and target_OI.device.type == "cpu"
-        shares = -(-len(target_OI) // torch.get_num_threads()) if alone else _ROWS_AT_ONCE
-        rows = target_OI.split(min(_ROWS_AT_ONCE, shares))
-        parts = each_alone(work, rows) if alone else [work(one) for one in rows]
+        parts = [
+            self._rounded_rows(rows_OI, problem, fmt, polish)
+            for rows_OI in target_OI.split(_ROWS_AT_ONCE)
+        ]
         zeros = [part.grid.zeros_OG for part in parts]
         grid = replace(
             parts[0].grid,
@@ -234,28 +229,45 @@ class Gptq(Settings):
     ) -> _Result:
         grid = search_scales(target_OI.float(), fmt, problem.importance(self.scale_weights))
         levels_OI = grid.levels(target_OI.float()).to(target_OI)
-        levels_OI, fed = _nearer(target_OI, problem, grid, levels_OI)
+        levels_OI, loss_O, fed = _nearer(target_OI, problem, grid, levels_OI)
         n_plain = int((levels_OI != fed.levels_OI).any(1).sum())
-        for _ in range(polish):
-            n_refit = 0
+        for done in range(polish):
+            refit = False
             if self.refit:
-                grid, n_refit = refit_scales(target_OI, levels_OI, grid, problem.hessian_II)
-                levels_OI, _ = _nearer(target_OI, problem, grid, levels_OI)
+                loss_O = loss_O if not done else _loss(target_OI, problem, grid, levels_OI)
+                grid, gain_O = refit_scales(target_OI, levels_OI, grid, problem.hessian_II)
+                refit = bool((gain_O > 0).any())
+                loss_O = loss_O - gain_O.to(loss_O)
+                levels_OI, _, _ = _nearer(target_OI, problem, grid, levels_OI, loss_O)
             levels_OI, n_moved = descend(
                 target_OI, levels_OI, grid, problem.hessian_II, problem.factor.order_I
             )
-            if not n_refit and not n_moved:
+            if not refit and not n_moved:
                 break
         return _Result(grid=grid, levels_OI=levels_OI, n_drifted=fed.n_drifted, n_plain=n_plain)
 
 
 def _nearer(
-    target_OI: Tensor, problem: Problem, grid: Grid, levels_OI: Tensor
-) -> tuple[Tensor, Fed]:
-    """Per row the better of these levels and those of error feedback on the same grid."""
+    target_OI: Tensor,
+    problem: Problem,
+    grid: Grid,
+    levels_OI: Tensor,
+    loss_O: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Fed]:
+    """Per row the better of these levels and those of error feedback on the same grid.
+
+    loss_O: that of these levels, where it is known. Returns levels, their losses, and the feedback.
+    """
+    if loss_O is None:
+        loss_O = _loss(target_OI, problem, grid, levels_OI)
     fed = feed_back(target_OI, problem.factor, grid)
-    loss_O = problem.loss(target_OI - grid.value(levels_OI).to(target_OI))
-    return torch.where((fed.loss_O < loss_O)[:, None], fed.levels_OI, levels_OI), fed
+    wins_O = fed.loss_O < loss_O
+    levels_OI = torch.where(wins_O[:, None], fed.levels_OI, levels_OI)
+    return levels_OI, torch.where(wins_O, fed.loss_O, loss_O), fed
+
+
+def _loss(target_OI: Tensor, problem: Problem, grid: Grid, levels_OI: Tensor) -> Tensor:
+    return problem.loss(target_OI - grid.value(levels_OI).to(target_OI))
 
 
 def _checked(weight_OI: Tensor, inputs: LayerInputs | None) -> Tensor:

@@ -94,7 +94,6 @@ class Moments:
         cross_II = None if stats.products_xy_II is None else stats.cross(centred=centred)
         if not all(_finite(one) for one in (hessian_II, cross_II) if one is not None):
             raise ValueError("a layer's input covariance holds NaN or infinity: calibrate it again")
-        hessian_II = (hessian_II + hessian_II.T).div_(2)
         variance_I = hessian_II.diagonal()
         varying_I = variance_I[variance_I > 0]
         median = float(varying_I.median()) if len(varying_I) else 0.0

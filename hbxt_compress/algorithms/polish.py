@@ -12,78 +12,93 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hbxt_compress.algorithms.feedback import runs, steps
+from hbxt_compress.algorithms.feedback import by_group, in_halves, natural_order
 from hbxt_compress.algorithms.grid import Grid
 
 __all__ = ["descend", "quadratic", "refit_scales"]
 
-_BLOCK = 128  # columns between updates of all other columns' gradients
+_ROWS_AT_ONCE = 256  # in a refit, whose copies then stay near the core
+_COLUMNS_AT_ONCE = 1024  # in a quadratic form
 _RIDGE = 1e-9  # of the mean curvature of a row's scales; keeps unused groups solvable
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 
 
 def quadratic(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    """e H e^T of each row, O in the precision of H."""
+    """e H e^T of each row, O in the precision of H, of which only the upper triangle counts."""
     error_OI = error_OI.to(hessian_II)
-    return (error_OI @ hessian_II * error_OI).sum(1)
+    loss_O = error_OI.new_zeros(len(error_OI))
+    for start in range(0, len(hessian_II), _COLUMNS_AT_ONCE):
+        one, later = slice(start, start + _COLUMNS_AT_ONCE), slice(start + _COLUMNS_AT_ONCE, None)
+        some_OI = error_OI[:, one]
+        loss_O += (some_OI @ hessian_II[one, one]).mul_(some_OI).sum(1)
+        loss_O += 2 * (some_OI @ hessian_II[one, later]).mul_(error_OI[:, later]).sum(1)
+    return loss_O
 
 
 def descend(
     target_OI: Tensor, levels_OI: Tensor, grid: Grid, hessian_II: Tensor, order_I: Tensor
 ) -> tuple[Tensor, int]:
     """Levels O I, in the precision of H, each once put where it costs least; how many changed."""
-    scale_IO, zero_IO = steps(grid, order_I, hessian_II.dtype)
-    low_IO, high_IO = -grid.below - zero_IO, grid.above - zero_IO
-    units_IO = levels_OI.to(hessian_II).T[order_I] - zero_IO
+    scale_GO, zero_GO = by_group(grid, hessian_II.dtype)
+    low_GO, high_GO = -grid.below - zero_GO, grid.above - zero_GO
+    group_I = order_I // grid.group
+    levels_OI = levels_OI.to(hessian_II)
+    units_IO = levels_OI.T.contiguous()[order_I] - zero_GO[group_I]
+    error_OI = target_OI.to(hessian_II) - grid.value(levels_OI).to(hessian_II)
+    gradient_IO = (error_OI @ hessian_II).T.contiguous()[order_I]
+    del error_OI
     hessian_II = hessian_II[order_I[:, None], order_I]
-    gradient_IO = hessian_II @ (target_OI.to(hessian_II).T[order_I] - units_IO * scale_IO)
     curve_I = hessian_II.diagonal()
     n_changed = 0
-    for start in range(0, len(order_I), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(order_I)))
-        local_BO = gradient_IO[block].clone()
-        move_BO = torch.zeros_like(local_BO)
-        for run in runs(block):
-            first, behind = run.start - start, run.stop - start
-            for i, j in enumerate(range(run.start, run.stop), start=first):
-                best_O = units_IO[j] + local_BO[i].div_(curve_I[j]).div_(scale_IO[j])
-                step_O = best_O.round_().clamp_(low_IO[j], high_IO[j]).sub_(units_IO[j])
-                changed = int(step_O.count_nonzero())
-                if not changed:
-                    continue
-                n_changed += changed
-                units_IO[j] += step_O
-                move_O = torch.mul(step_O, scale_IO[j], out=move_BO[i])
-                local_BO[i + 1 : behind].addr_(hessian_II[j + 1 : run.stop, j], move_O, alpha=-1)
-            rest_II = hessian_II[run.stop : block.stop, run]
-            local_BO[behind:].addmm_(rest_II, move_BO[first:behind], alpha=-1)
-        gradient_IO[block.stop :].addmm_(hessian_II[block.stop :, block], move_BO, alpha=-1)
-    moved_OI = torch.empty_like(target_OI, dtype=hessian_II.dtype)
-    moved_OI[:, order_I] = (units_IO + zero_IO).T
-    return moved_OI, n_changed
+    for run, later in in_halves(len(order_I)):
+        if later is not None:  # gradient_IO holds the moves of what was put
+            gradient_IO[later].addmm_(hessian_II[later, run], gradient_IO[run], alpha=-1)
+            continue
+        for j, g in zip(range(run.start, run.stop), group_I[run].tolist(), strict=True):
+            best_O = units_IO[j] + gradient_IO[j].div_(curve_I[j]).div_(scale_GO[g])
+            step_O = best_O.round_().clamp_(low_GO[g], high_GO[g]).sub_(units_IO[j])
+            units_IO[j] += step_O
+            move_O = torch.mul(step_O, scale_GO[g], out=gradient_IO[j])
+            gradient_IO[j + 1 : run.stop].addr_(hessian_II[j, j + 1 : run.stop], move_O, alpha=-1)
+        n_changed += int(gradient_IO[run].count_nonzero())
+    return natural_order(units_IO, order_I, grid, zero_GO), n_changed
 
 
 def refit_scales(
     target_OI: Tensor, levels_OI: Tensor, grid: Grid, hessian_II: Tensor
-) -> tuple[Grid, int]:
-    """The grid with the scales that suit these levels best, and how many rows took new ones.
+) -> tuple[Grid, Tensor]:
+    """The grid with the scales that suit these levels best, and what each row gains, float64 O.
 
     Each row solves A s = r, A_gh = l_g H_gh l_h^T and r_g = l_g (H w^T)_g over its groups, l being
     levels less zeros; the scales are then rounded to float16 and kept only where the loss falls.
     """
-    n_out = len(levels_OI)
-    size, n_groups = grid.group, grid.scales_OG.shape[1]
     unit_OI = levels_OI.to(hessian_II)
     if grid.zeros_OG is not None:
-        unit_OI = unit_OI - grid.zeros_OG.to(hessian_II).repeat_interleave(size, dim=1)
-    old_OG = grid.scales_OG.double()
-    step_OI = old_OG.to(hessian_II).repeat_interleave(size, dim=1)
-    error_OI = target_OI.to(hessian_II) - unit_OI * step_OI
-    slope_OG = (error_OI @ hessian_II * unit_OI).reshape(n_out, n_groups, size).sum(2).double()
+        unit_OI = unit_OI - grid.zeros_OG.to(hessian_II).repeat_interleave(grid.group, dim=1)
+    error_OI = target_OI.to(hessian_II) - grid.value(levels_OI).to(hessian_II)
+    slope_OI = error_OI @ hessian_II
+    del error_OI
+    parts = [one.split(_ROWS_AT_ONCE) for one in (unit_OI, slope_OI, grid.scales_OG)]
+    fitted = [
+        _fitted(units, slopes, scales, hessian_II)
+        for units, slopes, scales in zip(*parts, strict=True)
+    ]
+    scales_OG = torch.cat([scales for scales, _ in fitted])
+    return replace(grid, scales_OG=scales_OG), torch.cat([gain_O for _, gain_O in fitted])
+
+
+def _fitted(
+    unit_OI: Tensor, slope_OI: Tensor, scales_OG: Tensor, hessian_II: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scales that suit some rows best, and what each row gains; 0 where none are better."""
+    n_out, n_groups = scales_OG.shape
+    size = unit_OI.shape[1] // n_groups
+    old_OG = scales_OG.double()
+    slope_OG = (slope_OI * unit_OI).reshape(n_out, n_groups, size).sum(2).double()
     curve_OGG = slope_OG.new_empty(n_out, n_groups, n_groups)
     for g in range(n_groups):
         one, later = slice(g * size, (g + 1) * size), slice(g * size, None)
-        product_OI = unit_OI[:, one] @ hessian_II[one, later] * unit_OI[:, later]
+        product_OI = (unit_OI[:, one] @ hessian_II[one, later]).mul_(unit_OI[:, later])
         curve_OGG[:, g, g:] = product_OI.reshape(n_out, n_groups - g, size).sum(2)
         curve_OGG[:, g + 1 :, g] = curve_OGG[:, g, g + 1 :]
     mean_O = curve_OGG.diagonal(dim1=1, dim2=2).mean(1)
@@ -99,4 +114,4 @@ def refit_scales(
     gain_O = 2 * (change_OG * slope_OG).sum(1) - bent_O
     taken_O = (gain_O > 0) & (failed_O == 0)
     scales_OG = torch.where(taken_O[:, None], old_OG + change_OG, old_OG)
-    return replace(grid, scales_OG=scales_OG.float()), int(taken_O.sum())
+    return scales_OG.float(), torch.where(taken_O, gain_O, 0.0)

@@ -44,12 +44,13 @@ _RATIOS_NEAR_1 = tuple(i / 100 for i in range(54, 127, 6))
 _N_REFITS = 2
 _WEIGHTS_AT_ONCE = 1 << 18  # of a chunk of rows: its few copies stay near the core
 _COMPILED_AT_ONCE = 1 << 20  # weights of a chunk in compiled code, which keeps no copies
-_COMPILED_FROM = 1 << 19  # weights: compiling takes as long as searching some ten million
+_EAGER_UP_TO = 1024  # inputs: compiling takes as long as searching some ten million weights
 _VARIANTS = 64  # of compiled code: formats, norms, with importances or without, one group or many
 _COMPILING = Lock()
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 
 Found = tuple[Tensor, Tensor | None]
+Find = Callable[[Tensor, Tensor | None, Tensor], Found]
 
 
 def search_scales(
@@ -81,15 +82,17 @@ def search_scales(
         asymmetric=fmt.asymmetric,
         halves=round(2 * norm),
     )
-    find: Callable[[Tensor, Tensor | None], Found] = how.nearest if thorough else how.range_alone
-    large = weight_OI.device.type == "cpu" and weight_OI.numel() >= _COMPILED_FROM
-    compiled = _compiled(how, root_GS is not None) if thorough and large else None
+    factors_C = how.factors(weighted=root_GS is not None).to(weight_OI.device)
+    wide = weight_OI.device.type == "cpu" and n_in > _EAGER_UP_TO
+    compiled = _compiled(how, root_GS is not None) if thorough and wide else None
+    find: Find = compiled or (how.nearest if thorough else how.range_alone)
 
     def of_rows(rows_OI: Tensor) -> Found:
-        return (compiled or find)(rows_OI.float().reshape(len(rows_OI), -1, size), root_GS)
+        return find(rows_OI.float().reshape(len(rows_OI), -1, size), root_GS, factors_C)
 
     at_once = _WEIGHTS_AT_ONCE if compiled is None else _COMPILED_AT_ONCE
-    chunks = weight_OI.detach().split(max(1, at_once // n_in))
+    # Of like sizes: for a chunk of a single row, code would be compiled anew
+    chunks = weight_OI.detach().tensor_split(-(-weight_OI.numel() // max(n_in, at_once)))
     found = [of_rows(one) for one in chunks] if compiled is None else each_alone(of_rows, chunks)
     zeros = [zero_OG for _, zero_OG in found if zero_OG is not None]
     return Grid(
@@ -114,15 +117,22 @@ class _Search:
     asymmetric: bool
     halves: int
 
-    def range_alone(self, w_OGS: Tensor, root_GS: Tensor | None) -> Found:
+    def factors(self, *, weighted: bool) -> Tensor:
+        """What the range's own scale is multiplied with, C: the first is 1."""
+        ratios = _RATIOS_NEAR_1 if not weighted and self.halves > 4 else _RATIOS
+        if self.asymmetric:
+            return torch.tensor([1.0, *(ratio for ratio in ratios for _ in range(2))])
+        signs = (1.0, -1.0) if self.below != self.above else (1.0,)
+        return torch.tensor([1.0, *(ratio * sign for ratio in ratios for sign in signs)])
+
+    def range_alone(self, w_OGS: Tensor, root_GS: Tensor | None, factors_C: Tensor) -> Found:
         """The scale, and zero if asymmetric, that the range of each group asks for."""
-        scale_OGC, zero_OGC = self._trials(_counted(w_OGS, root_GS), ())
+        scale_OGC, zero_OGC = self._trials(_counted(w_OGS, root_GS), factors_C[:1])
         return _nearest_storable(scale_OGC[..., 0]), None if zero_OGC is None else zero_OGC[..., 0]
 
-    def nearest(self, w_OGS: Tensor, root_GS: Tensor | None) -> Found:
+    def nearest(self, w_OGS: Tensor, root_GS: Tensor | None, factors_C: Tensor) -> Found:
         """The best scale and zero of each group: of the trials, the first, and then refitted."""
-        ratios = _RATIOS_NEAR_1 if root_GS is None and self.halves > 4 else _RATIOS
-        scale_OGC, zero_OGC = self._trials(_counted(w_OGS, root_GS), ratios)
+        scale_OGC, zero_OGC = self._trials(_counted(w_OGS, root_GS), factors_C)
         unit_OG1 = _nearest_storable(scale_OGC[..., :1])
         half_OGC = torch.cat([unit_OG1, scale_OGC[..., 1:].to(torch.float16).float()], dim=-1)
         loss_OGC = self._losses(w_OGS, root_GS, half_OGC, zero_OGC, unit_OG1)
@@ -138,23 +148,21 @@ class _Search:
             least_OG1 = torch.where(wins_OG1, loss_OG1, least_OG1)
         return scale_OG1.squeeze(-1), None if zero_OG1 is None else zero_OG1.squeeze(-1)
 
-    def _trials(self, w_OGS: Tensor, ratios: tuple[float, ...]) -> Found:
-        """Scales and zeros to try: what suits the range, 0 included, and ratios of it."""
+    def _trials(self, w_OGS: Tensor, factors_C: Tensor) -> Found:
+        """Scales and zeros to try: what suits the range, 0 included, and multiples of it."""
         if not self.asymmetric:
             extreme_OG1 = w_OGS.gather(-1, w_OGS.abs().argmax(-1, keepdim=True))
             deeper = self.below > self.above
             unit_OG1 = -extreme_OG1 / self.below if deeper else extreme_OG1.abs() / self.above
-            signs = (1.0, -1.0) if self.below != self.above else (1.0,)
-            factors = [1.0, *(ratio * sign for ratio in ratios for sign in signs)]
-            return unit_OG1 * w_OGS.new_tensor(factors), None
+            return unit_OG1 * factors_C, None
         low_OG1 = w_OGS.amin(-1, keepdim=True).clamp_max(0)
         high_OG1 = w_OGS.amax(-1, keepdim=True).clamp_min(0)
         unit_OG1 = (high_OG1 - low_OG1) / (self.below + self.above)
         middle_OG1, centre = (high_OG1 + low_OG1) / 2, (self.above - self.below) / 2
-        scale_OGC = unit_OG1 * w_OGS.new_tensor([1.0, *(r for r in ratios for _ in range(2))])
+        scale_OGC = unit_OG1 * factors_C
         centred_OGC = centre - middle_OG1 / _nearest_storable(scale_OGC)
         first_OG1 = centred_OGC[..., :1].round()
-        upper_C = torch.arange(2 * len(ratios), device=w_OGS.device) % 2
+        upper_C = torch.arange(len(factors_C) - 1, device=w_OGS.device) % 2
         zero_OGC = torch.cat([first_OG1, centred_OGC[..., 1:].floor() + upper_C], dim=-1)
         return scale_OGC, zero_OGC.clamp(-self.below, self.above)
 
@@ -162,7 +170,7 @@ class _Search:
         self, w_OGS: Tensor, scale_OGC: Tensor, zero_OGC: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """w / scale, and the nearest level less the zero, O G C S."""
-        exact_OGCS = w_OGS.unsqueeze(-2) / scale_OGC.unsqueeze(-1)
+        exact_OGCS = w_OGS.unsqueeze(-2) * scale_OGC.reciprocal().unsqueeze(-1)
         if zero_OGC is None:
             return exact_OGCS, exact_OGCS.round().clamp(-self.below, self.above)
         zero_OGC1 = zero_OGC.unsqueeze(-1)
@@ -228,25 +236,28 @@ class _Search:
         return fitted_OG1
 
 
-def _compiled(how: _Search, weighted: bool) -> Callable[[Tensor, Tensor | None], Found] | None:
+def _compiled(how: _Search, weighted: bool) -> Find | None:
     with _COMPILING:
         return _compile(how, weighted)
 
 
 @cache
-def _compile(how: _Search, weighted: bool) -> Callable[[Tensor, Tensor | None], Found] | None:
+def _compile(how: _Search, weighted: bool) -> Find | None:
     """The search in compiled code; None, with a warning, where there is no compiler for it."""
     exactly: dict[str, str | int | bool | Callable[..., object]] = {
-        "emulate_precision_casts": True  # or rounding to float16 is optimised away
+        "emulate_precision_casts": True,  # or rounding to float16 is optimised away
+        "cpp_wrapper": True,
     }
-    compiled = torch.compile(how.nearest, dynamic=True, options=exactly)
+    compiled = torch.compile(how.nearest, options=exactly)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     try:
         with one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
-            compiled(
-                torch.ones(3, 5, 32), torch.ones(5, 32) if weighted else None
-            )  # all sizes differ
+            some_OGS, some_GS = torch.ones(3, 5, 32), torch.ones(5, 32)
+            for size in range(3):  # all differ, and may: no other numbers may
+                torch._dynamo.mark_dynamic(some_OGS, size)
+            torch._dynamo.mark_dynamic(some_GS, (0, 1))
+            compiled(some_OGS, some_GS if weighted else None, how.factors(weighted=weighted))
     except Exception as error:  # whatever a compiler that is not there raises
         told = str(error).strip().splitlines() or [type(error).__name__]
         log.warning(

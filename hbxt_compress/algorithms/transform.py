@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hbxt_compress.stats import LayerInputs, LayerStats
+from hbxt_compress.stats import LayerInputs, LayerStats, mirror
 
 __all__ = ["Mixing", "Transform", "channel_power", "hadamard_matrix"]
 
@@ -226,9 +226,10 @@ def _carried(
     absmax_I: Tensor,
 ) -> LayerStats:
     """Statistics of mapped rows; `along` maps the last axis, None: squares are the diagonal's."""
+    yy = None if stats.products_yy_II is None else mirror(stats.products_yy_II.clone())
     yy, xy = (
         None if products is None else along(along(products).mT).mT.contiguous()
-        for products in (stats.products_yy_II, stats.products_xy_II)
+        for products in (yy, stats.products_xy_II)
     )
     if squares_y_I is None:
         if yy is None:

@@ -25,7 +25,7 @@ from hbxt_compress.weights import Weights
 __all__ = ["NUMBERS_AT_ONCE", "activation_payload", "round_blindly"]
 
 _CPU: Final = torch.device("cpu")
-NUMBERS_AT_ONCE = 1 << 21  # 8 MiB in float32, and a few copies
+NUMBERS_AT_ONCE = 1 << 19  # what a core keeps near it of a few copies, 2 MiB each
 
 
 def round_blindly(

@@ -42,10 +42,11 @@ class Kept:
         self._kept.setdefault(path, (parameter, parameter.data))
         parameter.data = value.to(parameter.device, torch.float32)
 
-    def restore(self) -> None:
-        """Every parameter as it was."""
+    def restore(self) -> bool:
+        """Every parameter as it was; whether any was another."""
         for parameter, value in self._kept.values():
             parameter.data = value
+        return bool(self._kept)
 
 
 def mix(

@@ -180,7 +180,8 @@ def _piece(
         names = [planned[module].spec.name for module in group]
         done |= zip(names, ranks.spread(tasks), strict=True)
         set_weights(sides.half.module, station.component, done)
-    kept.restore()
+    if kept.restore():
+        sides.begin_anew(sides.full)
     return done
 
 

@@ -2,7 +2,7 @@
 
 A component is cut into head, blocks and tail. Before a piece is rounded, its layers' inputs are
 gathered from both models; afterwards both hand their states on. Only the states of one piece
-boundary are kept.
+boundary are kept, and those of runs that stand still inside a block of a large model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from hbxt_compress.chain import Carry, Chain, layer_at, watch
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.ranks import ALONE, Ranks
+from hbxt_compress.stages.paused import Paused
 from hbxt_compress.stages.products import products_for
 from hbxt_compress.stages.together import agreed_shifts, sum_up
 from hbxt_compress.stats import WIDEST, LayerInputs, LayerStats, Need
@@ -70,6 +71,7 @@ class SideBySide:
     ) -> None:
         self.full, self.half, self.batches = full, half, batches
         self._carries: list[tuple[Carry, Carry]] = []
+        self._paused: dict[tuple[bool, int], Paused[Carry]] = {}
         self.outputs: list[tuple[Tensor, Tensor]] = []
         self._ranks = ranks
         held_out = ranks.gathered([batch.held_out for batch in batches])
@@ -119,6 +121,8 @@ class SideBySide:
     ) -> dict[str, LayerInputs]:
         """What modules of a piece are given at every batch, in both models; one run a batch.
 
+        Of a large model the runs for one module alone stand still before it: the next module must
+        be called after it, and of what was called before no weight may change until `advance`.
         thin: of the batches to learn from only every so many are run; all of the held-out ones are.
 
         Raises:
@@ -203,19 +207,37 @@ class SideBySide:
         self, chain: Chain, piece: str, modules: Sequence[str], index: int
     ) -> dict[str, Tensor]:
         named = {module: chain.module.get_submodule(module) for module in modules}
-        return watch(named, lambda: self._run(chain, piece, index))
+        if not chain.is_large or piece in (HEAD, TAIL) or len(named) > 1:
+            return watch(named, lambda: self._run(chain, piece, index))
+        key = chain is self.half, index
+        if key not in self._paused:
+            self._paused[key] = Paused(lambda: self._run(chain, piece, index))
+        with products_for(self.full):
+            return {name: self._paused[key].until(module) for name, module in named.items()}
+
+    def begin_anew(self, chain: Chain) -> None:
+        """The piece's weights were changed: what one of the models has run of it is forgotten."""
+        for half, index in list(self._paused):
+            if half == (chain is self.half):
+                self._paused.pop((half, index)).abandon()
 
     def advance(self, piece: str) -> None:
         """Hands the states of both models on to the next piece."""
         results = []
         for i in range(len(self.batches)):
-            full = self._run(self.full, piece, i)
+            full = self._end(self.full, piece, i)
             alike = self.half is self.full
-            results.append((full, full if alike else self._run(self.half, piece, i)))
+            results.append((full, full if alike else self._end(self.half, piece, i)))
         if piece == TAIL:
             self.outputs = results
         else:
             self._carries = results
+
+    def _end(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
+        """What `_run` returns, of a run that was begun before if there is one."""
+        paused = self._paused.pop((chain is self.half, index), None)
+        with products_for(self.full):
+            return self._run(chain, piece, index) if paused is None else paused.result()
 
     def _run(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
         """A piece of one model on one batch: a Carry, or the output from the tail."""

@@ -372,15 +372,15 @@ def test_a_low_rank_branch_takes_what_is_low_rank() -> None:
 def test_compiled_code_finds_what_the_other_finds(
     name: str, norm: float, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums differ in their last bit, so candidates that are all but tied may change places."""
+    """But for groups with two trials tied to the last bits, each then refitted apart."""
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn(64, 512, generator=generator)
     weight_OI *= torch.exp(torch.randn(64, 1, generator=generator))
     weight_OI[3] = 0
     importance_I = torch.rand(512, generator=generator) if weighted else None
     found = []
-    for least in (1 << 40, 1):
-        monkeypatch.setattr(scales, "_COMPILED_FROM", least)
+    for eager_up_to in (1 << 40, 0):
+        monkeypatch.setattr(scales, "_EAGER_UP_TO", eager_up_to)
         found.append(search_scales(weight_OI, FORMATS[name], importance_I, norm=norm))
     plain, compiled = found
     root_I = torch.ones(512) if importance_I is None else importance_I.pow(1 / norm)
@@ -388,8 +388,10 @@ def test_compiled_code_finds_what_the_other_finds(
         torch.linalg.vector_norm((weight_OI - g.value(g.levels(weight_OI))) * root_I, norm, -1)
         for g in found
     ]
-    assert torch.allclose(*lost, rtol=1e-5)
-    assert (plain.scales_OG != compiled.scales_OG).float().mean() < 0.005
+    alike_OG = plain.scales_OG == compiled.scales_OG
+    assert (~alike_OG).float().mean() < 0.005
+    assert torch.allclose(*(one[alike_OG.all(1)] for one in lost), rtol=1e-6)
+    assert torch.allclose(*lost, rtol=1e-3)
     assert torch.equal(compiled.scales_OG, compiled.scales_OG.half().float())
 
 
@@ -400,7 +402,7 @@ def test_a_machine_without_a_compiler_is_told_what_it_costs(
         raise RuntimeError("no working C++ compiler")
 
     scales._compile.cache_clear()
-    monkeypatch.setattr(scales, "_COMPILED_FROM", 1)
+    monkeypatch.setattr(scales, "_EAGER_UP_TO", 0)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
     weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     grid = search_scales(weight_OI, FORMATS["int4-g64"])
