@@ -2,7 +2,7 @@
 
 A component is cut into head, blocks and tail. Before a piece is rounded, its layers' inputs are
 gathered from both models; afterwards both hand their states on. Only the states of one piece
-boundary are kept, and those of runs that stand still inside a block of a large model.
+boundary are kept and, inside a block of a large model, what its modules gave.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from hbxt_compress.chain import Carry, Chain, layer_at, watch
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.ranks import ALONE, Ranks
-from hbxt_compress.stages.paused import Paused
+from hbxt_compress.stages.memo import Memo
 from hbxt_compress.stages.products import products_for
 from hbxt_compress.stages.together import agreed_shifts, sum_up
 from hbxt_compress.stats import WIDEST, LayerInputs, LayerStats, Need
@@ -71,7 +71,7 @@ class SideBySide:
     ) -> None:
         self.full, self.half, self.batches = full, half, batches
         self._carries: list[tuple[Carry, Carry]] = []
-        self._paused: dict[tuple[bool, int], Paused[Carry]] = {}
+        self._memos: dict[tuple[bool, int], Memo] = {}
         self.outputs: list[tuple[Tensor, Tensor]] = []
         self._ranks = ranks
         held_out = ranks.gathered([batch.held_out for batch in batches])
@@ -121,8 +121,8 @@ class SideBySide:
     ) -> dict[str, LayerInputs]:
         """What modules of a piece are given at every batch, in both models; one run a batch.
 
-        Of a large model the runs for one module alone stand still before it: the next module must
-        be called after it, and of what was called before no weight may change until `advance`.
+        Of a large model the runs for one module alone are gone on with by the next: of what was
+        called before it no weight may change until `advance` or `begin_anew`.
         thin: of the batches to learn from only every so many are run; all of the held-out ones are.
 
         Raises:
@@ -209,17 +209,14 @@ class SideBySide:
         named = {module: chain.module.get_submodule(module) for module in modules}
         if not chain.is_large or piece in (HEAD, TAIL) or len(named) > 1:
             return watch(named, lambda: self._run(chain, piece, index))
-        key = chain is self.half, index
-        if key not in self._paused:
-            self._paused[key] = Paused(lambda: self._run(chain, piece, index))
-        with products_for(self.full):
-            return {name: self._paused[key].until(module) for name, module in named.items()}
+        memo = self._memos.setdefault((chain is self.half, index), Memo())
+        with memo.used(chain.blocks[int(piece)]):
+            return watch(named, lambda: self._run(chain, piece, index))
 
     def begin_anew(self, chain: Chain) -> None:
         """The piece's weights were changed: what one of the models has run of it is forgotten."""
-        for half, index in list(self._paused):
-            if half == (chain is self.half):
-                self._paused.pop((half, index)).abandon()
+        half = chain is self.half
+        self._memos = {key: memo for key, memo in self._memos.items() if key[0] != half}
 
     def advance(self, piece: str) -> None:
         """Hands the states of both models on to the next piece."""
@@ -235,9 +232,11 @@ class SideBySide:
 
     def _end(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
         """What `_run` returns, of a run that was begun before if there is one."""
-        paused = self._paused.pop((chain is self.half, index), None)
-        with products_for(self.full):
-            return self._run(chain, piece, index) if paused is None else paused.result()
+        memo = self._memos.pop((chain is self.half, index), None)
+        if memo is None:
+            return self._run(chain, piece, index)
+        with memo.used(chain.blocks[int(piece)]):
+            return self._run(chain, piece, index)
 
     def _run(self, chain: Chain, piece: str, index: int):  # type: ignore[no-untyped-def]
         """A piece of one model on one batch: a Carry, or the output from the tail."""

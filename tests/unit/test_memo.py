@@ -1,7 +1,8 @@
-"""Runs that stand still: they see what whole runs see, and change nothing by standing still."""
+"""Runs that go on where others stopped see what whole runs see, to the last bit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,54 +10,57 @@ import torch
 from torch import Tensor, nn
 
 import hbxt_compress.chain as chain_module
-from hbxt_compress.chain import layer_at
+from hbxt_compress.chain import layer_at, watch
 from hbxt_compress.models import family_of
-from hbxt_compress.stages.paused import Paused
+from hbxt_compress.stages.memo import Memo
 from hbxt_compress.stages.side_by_side import SideBySide
 from hbxt_compress.stages.walk import Station, walk
 from hbxt_compress.trajectories import load_trajectories
 from tests.observed import observed, source_of
 
 
-def _two() -> tuple[nn.Linear, nn.Linear, Tensor]:
+class _Counted(nn.Linear):
+    def __init__(self, name: str, called: list[str]) -> None:
+        super().__init__(4, 4)
+        self.name, self.called = name, called
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.called.append(self.name)
+        return super().forward(x)
+
+
+class _Pair(nn.Module):
+    """Calls `one`, then `twice` two times, then `end`; notes what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+        made = [_Counted(name, self.called) for name in ("one.0", "one.2", "twice", "end")]
+        self.one = nn.Sequential(made[0], nn.ReLU(), made[1])
+        self.twice, self.end = made[2:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return self.end(self.twice(y) + self.twice(2 * y))
+
+
+def test_what_was_passed_is_not_computed_again_but_for_modules_called_twice() -> None:
     torch.manual_seed(0)
-    return nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
-
-
-def test_a_run_waits_before_each_module_and_takes_its_new_weights() -> None:
-    one, two, x = _two()
-    run = Paused(lambda: two(one(x)))
-    assert run.until(one) is x
-    one.weight.data = one.weight.data * 2
-    assert torch.equal(run.until(two), one(x))
-    two.weight.data = two.weight.data - 1
-    assert torch.equal(run.result(), two(one(x)))
-
-
-def test_runs_do_not_stop_each_other() -> None:
-    one, two, x = _two()
-    runs = [Paused(lambda i=i: two(one(x + i))) for i in range(3)]  # type: ignore[misc]
-    for module in (one, two):
-        given = [run.until(module) for run in runs]
-    assert [torch.equal(g, one(x + i)) for i, g in enumerate(given)] == [True] * 3
-    assert torch.equal(two(one(x)), runs[0].result())
-    for run in runs[1:]:
-        run.abandon()
-        assert not run._thread.is_alive()
-
-
-def test_what_a_run_raises_reaches_its_owner() -> None:
-    one, two, x = _two()
-    broken = Paused(lambda: two(one(x[:, :3])))
-    broken.until(one)
-    with pytest.raises(RuntimeError, match="shapes"):
-        broken.until(two)
-    late = Paused(lambda: one(x))
-    with pytest.raises(RuntimeError, match="Linear is not called any more"):
-        late.until(two)
-    with pytest.raises(RuntimeError, match="ended"):
-        late.until(two)
-    Paused(lambda: one(x)).abandon()
+    pair, memo, x = _Pair(), Memo(), torch.randn(2, 4)
+    expected = pair(x)
+    pair.called.clear()
+    with memo.used(pair):
+        watch({"2": pair.one[2]}, lambda: pair(x))
+    assert pair.called == ["one.0"]
+    with memo.used(pair):
+        watch({"end": pair.end}, lambda: pair(x))
+    assert pair.called == ["one.0", "one.2", "twice", "twice"]
+    assert list(memo._known) == ["one"]
+    with memo.used(pair):
+        assert torch.equal(pair(x), expected)
+    assert pair.called[4:] == ["twice", "twice", "end"]
+    assert torch.equal(pair(x), expected)
+    assert pair.called[7:9] == ["one.0", "one.2"]
 
 
 @pytest.fixture
@@ -88,18 +92,18 @@ def test_statistics_are_those_of_runs_from_the_start(station: tuple[Station, lis
     seen = {}
     for module in modules:
         seen[module] = sides.inputs("001", [module], "covariance")[module]
-        assert len(sides._paused) == 2 * len(sides.batches)
+        assert len(sides._memos) == 2 * len(sides.batches)
         _coarse(sides, module)
     for module in modules[1:]:
         whole = sides.inputs("001", [modules[0], module], "covariance")[module]
         for name in ("total_x_I", "total_y_I", "products_yy_II", "products_xy_II"):
             assert torch.equal(getattr(seen[module].fit, name), getattr(whole.fit, name)), module
     sides.begin_anew(sides.full)
-    assert len(sides._paused) == len(sides.batches)
+    assert len(sides._memos) == len(sides.batches)
     sides.advance("001")
-    assert not sides._paused
-    paused, sides._carries = sides._carries, before
+    assert not sides._memos
+    resumed, sides._carries = sides._carries, before
     sides.advance("001")
-    for one, other in zip(paused, sides._carries, strict=True):
+    for one, other in zip(resumed, sides._carries, strict=True):
         assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(one, other, strict=True))
         assert not torch.equal(one[0].hidden, one[1].hidden)
