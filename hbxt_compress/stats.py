@@ -10,13 +10,14 @@ would be 0.8 GB. A few rows are kept as they are, for errors that no sum tells.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need", "mirror"]
+__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need", "mirror", "quadratic"]
 
 Need = Literal["moments", "covariance"]
 """moments: means, squares and largest values. covariance: also E[y y^T] and E[x y^T]."""
@@ -119,10 +120,9 @@ class LayerStats:
             self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
             if self.products_yy_II is not None:
                 left, right = shifted_x.float(), shifted_y.float()
-                for start in range(0, right.shape[1], _COLUMNS_AT_ONCE):
-                    some, later = slice(start, start + _COLUMNS_AT_ONCE), slice(start, None)
-                    own_II = self.products_yy_II[some, later]
-                    _add_products(own_II, right[:, some], right[:, later], weight)
+                for some, _ in _panels(right.shape[1]):
+                    own_II = self.products_yy_II[some, some.start :]
+                    _add_products(own_II, right[:, some], right[:, some.start :], weight)
                 if self.products_xy_II is not None:
                     _add_products(self.products_xy_II, right if x is y else left, right, weight)
 
@@ -189,26 +189,59 @@ class LayerStats:
         """Cov(x, y) if centred, else E[x y^T]; I I, x along the rows, as the products."""
         return self._second(self.products_xy_II, self.mean_x_I, centred)
 
+    def energy(self, rows_OI: Tensor, *, centred: bool) -> Tensor:
+        """The mean square of what each row makes of y, or its variance; float64 O.
+
+        That is row H row^T, of an H that takes no memory.
+        """
+        if self.products_yy_II is None:
+            raise ValueError("these statistics were gathered without products")
+        found_O = quadratic(rows_OI, self.products_yy_II).double() / max(self.weight, 1e-30)
+        rows_OI = rows_OI.double()
+        found_O -= (rows_OI @ (self.mean_y_I - self.shift_I)).square()
+        return found_O if centred else found_O + (rows_OI @ self.mean_y_I).square()
+
     def _second(self, products_II: Tensor | None, mean_left_I: Tensor, centred: bool) -> Tensor:
         if products_II is None:
             raise ValueError("these statistics were gathered without products")
         w = max(self.weight, 1e-30)
         left, right = mean_left_I - self.shift_I, self.mean_y_I - self.shift_I
         found_II = products_II / w
-        found_II -= torch.outer(left, right).to(found_II)
+        found_II.addr_(left.to(found_II), right.to(found_II), alpha=-1)
         if not centred:
-            found_II += torch.outer(mean_left_I, self.mean_y_I).to(found_II)
+            found_II.addr_(mean_left_I.to(found_II), self.mean_y_I.to(found_II))
         return found_II
 
 
 def mirror(matrix_II: Tensor) -> Tensor:
     """The same matrix, its upper triangle now copied to the lower one."""
-    for start in range(0, len(matrix_II), _COLUMNS_AT_ONCE):
-        some, later = slice(start, start + _COLUMNS_AT_ONCE), slice(start + _COLUMNS_AT_ONCE, None)
-        upper_II = matrix_II[some, some].triu()
-        matrix_II[some, some] = upper_II + upper_II.triu(1).T
+    for some, later in _panels(len(matrix_II)):
+        matrix_II[some, some] = _symmetric(matrix_II[some, some])
         matrix_II[later, some] = matrix_II[some, later].T
     return matrix_II
+
+
+def quadratic(rows_OI: Tensor, matrix_II: Tensor) -> Tensor:
+    """row M row^T of each row, O in the precision of M, of which the upper triangle counts."""
+    rows_OI = rows_OI.to(matrix_II)
+    found_O = rows_OI.new_zeros(len(rows_OI))
+    for some, later in _panels(len(matrix_II)):
+        own_OI = rows_OI[:, some]
+        found_O += (own_OI @ _symmetric(matrix_II[some, some])).mul_(own_OI).sum(1)
+        found_O += 2 * (own_OI @ matrix_II[some, later]).mul_(rows_OI[:, later]).sum(1)
+    return found_O
+
+
+def _panels(n: int) -> Iterator[tuple[slice, slice]]:
+    """Some columns, and all behind them."""
+    for start in range(0, n, _COLUMNS_AT_ONCE):
+        stop = min(start + _COLUMNS_AT_ONCE, n)
+        yield slice(start, stop), slice(stop, n)
+
+
+def _symmetric(square_II: Tensor) -> Tensor:
+    upper_II = square_II.triu()
+    return upper_II + upper_II.triu(1).T
 
 
 def _add_products(sum_II: Tensor, left_NI: Tensor, right_NI: Tensor, weight: float) -> None:

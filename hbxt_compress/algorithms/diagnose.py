@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.objective import Moments
-from hbxt_compress.algorithms.polish import quadratic
 from hbxt_compress.quantized import Loss
 from hbxt_compress.stats import LayerInputs, LayerStats
 
@@ -63,16 +62,17 @@ def measure(
     held_out = None if held is None else _error(weight_OI, decoded_OI, shift_O, held)
     if inputs.fit.products_yy_II is None:
         return Loss(error=error, held_out=held_out)
-    moments = Moments.of(inputs.fit, centred=shift_O is not None)
+    rounded_OI = lost_OI if target_OI is None else target_OI.to(dtype) - decoded_OI
+    centred = shift_O is not None
+    loss = float(inputs.fit.energy(rounded_OI, centred=centred).sum())
+    moments = Moments.of(inputs.fit, centred=centred)
     alive_I = ~moments.dead_I
     if not bool(alive_I.any()):
         return Loss(error=error, held_out=held_out)
-    problem = moments.problem(_DAMPING)
+    problem = moments.problem(_DAMPING, spent=True)
     pivots_I, variance_I = problem.factor.pivots_I[alive_I], problem.variance_I[alive_I]
     log_geomean = float(pivots_I.log().mean())
     mean_pivot = float(pivots_I.mean())
-    rounded_OI = lost_OI if target_OI is None else target_OI.to(dtype) - decoded_OI
-    loss = float(quadratic(rounded_OI, moments.hessian_II).sum())
     spread = float(weight_OI[:, alive_I].square().mean())
     n_weights = weight_OI.shape[0] * int(alive_I.sum())
     geomean_db = log_geomean * _db(math.e)
@@ -97,8 +97,8 @@ def _error(
         mean_O = given_O - got_O - shift_O
     mean = float(mean_O.square().sum())
     if stats.products_yy_II is not None:
-        kept = float(quadratic(weight_OI, stats.hessian(centred=False)).sum())
-        lost = float(quadratic(lost_OI, stats.hessian(centred=True)).sum()) + mean
+        lost = float(stats.energy(lost_OI, centred=True).sum()) + mean
+        kept = float(stats.energy(weight_OI, centred=False).sum())
         return _ratio(lost, kept)
     square_I = stats.mean_square_I
     kept = float(weight_OI.square().sum(0) @ square_I)

@@ -108,7 +108,7 @@ class Gptq(Settings):
                 target_OI = problem.target(weight_OI, share)
                 alternations = self._alternations(weight_OI, target_OI, problem, judge, fmt)
         moments = Moments.of(inputs.everything(), centred=inputs.takes_bias)
-        problem = moments.problem(damping, self.order)
+        problem = moments.problem(damping, self.order, spent=True)
         target_OI = problem.target(weight_OI, share)
         attempts = self._attempts(target_OI, problem, fmt, self.polish)
         best = next(attempts)

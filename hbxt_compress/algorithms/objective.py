@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.feedback import Factor, factorise
-from hbxt_compress.algorithms.polish import quadratic
-from hbxt_compress.stats import LayerStats
+from hbxt_compress.stats import LayerStats, quadratic
 
 __all__ = ["Judge", "Moments", "Order", "Problem", "ScaleWeights"]
 
@@ -112,28 +111,36 @@ class Moments:
             centred=centred,
         )
 
-    def problem(self, damping: float, order: Order = "activation") -> Problem:
+    def problem(
+        self, damping: float, order: Order = "activation", *, spent: bool = False
+    ) -> Problem:
         """The objective with `damping` mean variances added, or ten times more until it factors.
 
         Dead inputs are left with a small variance of their own and no ties to others, so that they
-        are rounded to nearest.
+        are rounded to nearest. spent: nobody will look at hessian_II and cross_II again, so they
+        become the problem's, without copies.
 
         Raises:
             ValueError: no damping that is tried makes the covariance positive definite.
         """
         dead_I = self.dead_I.to(self.hessian_II) * _DEAD_SHARE * self.scale
+        hessian_II = self.hessian_II if spent else self.hessian_II.clone()
+        variance_I = hessian_II.diagonal().clone()
         for retry in range(_RETRIES + 1):
             share = damping * 10**retry
             own_I = torch.where(self.dead_I, dead_I, share * self.scale)
-            damped_II = _raised(self.hessian_II, own_I)
+            hessian_II.diagonal().copy_(variance_I + own_I)
             order_I = torch.arange(len(own_I), device=own_I.device)
             if order == "activation":
-                order_I = damped_II.diagonal().argsort(descending=True, stable=True)
-            factor = factorise(damped_II, order_I)
+                order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+            factor = factorise(hessian_II, order_I)
             if factor is not None:
-                cross_II = None if self.cross_II is None else _raised(self.cross_II, own_I)
+                cross_II = self.cross_II
+                if cross_II is not None:
+                    cross_II = cross_II if spent else cross_II.clone()
+                    cross_II.diagonal().add_(own_I)
                 return Problem(
-                    hessian_II=damped_II, cross_II=cross_II, factor=factor, damping=share
+                    hessian_II=hessian_II, cross_II=cross_II, factor=factor, damping=share
                 )
         raise ValueError(
             f"a layer's input covariance is not one: not positive definite at damping {share:g}"
@@ -158,19 +165,12 @@ class Judge:
     def loss(self, weight_OI: Tensor, rounded_OI: Tensor) -> float:
         """E||W x - Q y - b||^2 less E||W x - mean||^2, which all Q share; b comes from the fit."""
         weight_OI, rounded_OI = (one.to(self._hessian_II) for one in (weight_OI, rounded_OI))
-        loss = (rounded_OI @ self._hessian_II * rounded_OI).sum()
+        loss = quadratic(rounded_OI, self._hessian_II).sum()
         loss -= 2 * (weight_OI @ self._cross_II * rounded_OI).sum()
         if self._fit.centred:
             rest_O = weight_OI.double() @ self._mean_x_I - rounded_OI.double() @ self._mean_y_I
             loss += (rest_O - self._fit.shift(weight_OI, rounded_OI)).square().sum()
         return float(loss)
-
-
-def _raised(matrix_II: Tensor, own_I: Tensor) -> Tensor:
-    """A copy with numbers added to its diagonal."""
-    raised_II = matrix_II.clone()
-    raised_II.diagonal().add_(own_I)
-    return raised_II
 
 
 def _finite(matrix_II: Tensor) -> bool:

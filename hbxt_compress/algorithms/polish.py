@@ -15,24 +15,11 @@ from torch import Tensor
 from hbxt_compress.algorithms.feedback import by_group, in_halves, natural_order
 from hbxt_compress.algorithms.grid import Grid
 
-__all__ = ["descend", "quadratic", "refit_scales"]
+__all__ = ["descend", "refit_scales"]
 
 _ROWS_AT_ONCE = 256  # in a refit, whose copies then stay near the core
-_COLUMNS_AT_ONCE = 1024  # in a quadratic form
 _RIDGE = 1e-9  # of the mean curvature of a row's scales; keeps unused groups solvable
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
-
-
-def quadratic(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    """e H e^T of each row, O in the precision of H, of which only the upper triangle counts."""
-    error_OI = error_OI.to(hessian_II)
-    loss_O = error_OI.new_zeros(len(error_OI))
-    for start in range(0, len(hessian_II), _COLUMNS_AT_ONCE):
-        one, later = slice(start, start + _COLUMNS_AT_ONCE), slice(start + _COLUMNS_AT_ONCE, None)
-        some_OI = error_OI[:, one]
-        loss_O += (some_OI @ hessian_II[one, one]).mul_(some_OI).sum(1)
-        loss_O += 2 * (some_OI @ hessian_II[one, later]).mul_(error_OI[:, later]).sum(1)
-    return loss_O
 
 
 def descend(

@@ -15,9 +15,9 @@ from hbxt_compress.algorithms.feedback import factorise, feed_back
 from hbxt_compress.algorithms.gptq import Gptq
 from hbxt_compress.algorithms.grid import Grid
 from hbxt_compress.algorithms.objective import Judge, Moments
-from hbxt_compress.algorithms.polish import descend, quadratic
+from hbxt_compress.algorithms.polish import descend
 from hbxt_compress.algorithms.scales import search_scales
-from hbxt_compress.stats import LayerInputs
+from hbxt_compress.stats import LayerInputs, quadratic
 from tests.oracles import gptq_literal
 from tests.oracles.free_format import FreeFormat
 from tests.oracles.inputs import (

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.grid import Grid
-from hbxt_compress.algorithms.polish import descend, quadratic, refit_scales
+from hbxt_compress.algorithms.polish import descend, refit_scales
 from hbxt_compress.algorithms.scales import search_scales
+from hbxt_compress.stats import quadratic
 from tests.oracles import gptq_literal
 from tests.oracles.free_format import FreeFormat
 from tests.oracles.inputs import covariance, normal
