@@ -83,12 +83,16 @@ class Transform:
 
     def weight(self, weight_OI: Tensor) -> Tensor:
         """W' with W' x' = W x, in the dtype of W, computed in float64."""
+        if self.is_identity:
+            return weight_OI
         exact = weight_OI.double()
         exact = exact if self.scale_I is None else exact / self.scale_I.to(exact)
         return self._rotated(exact).to(weight_OI.dtype)
 
     def undo(self, weight_OI: Tensor) -> Tensor:
         """W with W x = W' x': the weight of the untransformed input, in float64 and cast back."""
+        if self.is_identity:
+            return weight_OI
         exact = self._rotated(weight_OI.double())
         exact = exact if self.scale_I is None else exact * self.scale_I.to(exact)
         return exact.to(weight_OI.dtype)
@@ -111,7 +115,7 @@ class Transform:
 
     def inputs(self, inputs: LayerInputs) -> LayerInputs:
         """What a rounder may know of the transformed input."""
-        return _both(inputs, self.stats)
+        return inputs if self.is_identity else _both(inputs, self.stats)
 
     def _blocks(self, tensor: Tensor) -> Tensor:
         if tensor.shape[-1] % self.block:

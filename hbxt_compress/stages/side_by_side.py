@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -220,11 +221,11 @@ class SideBySide:
 
     def advance(self, piece: str) -> None:
         """Hands the states of both models on to the next piece."""
-        results = []
+        results: list[tuple[Any, Any]] = []
         for i in range(len(self.batches)):
             full = self._end(self.full, piece, i)
-            alike = self.half is self.full
-            results.append((full, full if alike else self._end(self.half, piece, i)))
+            half = full if self.half is self.full else self._end(self.half, piece, i)
+            results.append((full, _sharing(half, full) if piece == HEAD else half))
         if piece == TAIL:
             self.outputs = results
         else:
@@ -247,6 +248,18 @@ class SideBySide:
                 return chain.head(*inputs)
             carry = self._carries[index][0 if chain is self.full else 1]
             return chain.tail(carry, *inputs) if piece == TAIL else chain.block(int(piece), carry)
+
+
+def _sharing(half: Carry, full: Carry) -> Carry:
+    """The same; arguments that are another carry's, number by number, are not held twice."""
+
+    def shared(own: Any, other: Any) -> Any:
+        same = isinstance(own, Tensor) and isinstance(other, Tensor) and torch.equal(own, other)
+        return other if same else own
+
+    args = tuple(map(shared, half.args, full.args))
+    kwargs = {name: shared(own, full.kwargs[name]) for name, own in half.kwargs.items()}
+    return replace(half, args=args, kwargs=kwargs)
 
 
 def _counted(batch: Batch, rows: Tensor) -> Tensor:
