@@ -216,7 +216,8 @@ class LayerStats:
 def mirror(matrix_II: Tensor) -> Tensor:
     """The same matrix, its upper triangle now copied to the lower one."""
     for some, later in _panels(len(matrix_II)):
-        matrix_II[some, some] = _symmetric(matrix_II[some, some])
+        upper_II = matrix_II[some, some].triu()
+        matrix_II[some, some] = upper_II + upper_II.triu(1).T
         matrix_II[later, some] = matrix_II[some, later].T
     return matrix_II
 
@@ -227,9 +228,9 @@ def quadratic(rows_OI: Tensor, matrix_II: Tensor) -> Tensor:
     found_O = rows_OI.new_zeros(len(rows_OI))
     for some, later in _panels(len(matrix_II)):
         own_OI = rows_OI[:, some]
-        found_O += (own_OI @ _symmetric(matrix_II[some, some])).mul_(own_OI).sum(1)
+        found_O += 2 * (own_OI @ matrix_II[some, some].triu(1)).mul_(own_OI).sum(1)
         found_O += 2 * (own_OI @ matrix_II[some, later]).mul_(rows_OI[:, later]).sum(1)
-    return found_O
+    return found_O + rows_OI.square() @ matrix_II.diagonal()
 
 
 def _panels(n: int) -> Iterator[tuple[slice, slice]]:
@@ -237,11 +238,6 @@ def _panels(n: int) -> Iterator[tuple[slice, slice]]:
     for start in range(0, n, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, n)
         yield slice(start, stop), slice(stop, n)
-
-
-def _symmetric(square_II: Tensor) -> Tensor:
-    upper_II = square_II.triu()
-    return upper_II + upper_II.triu(1).T
 
 
 def _add_products(sum_II: Tensor, left_NI: Tensor, right_NI: Tensor, weight: float) -> None:

@@ -58,13 +58,18 @@ def measure(
         return Loss(error=_ratio(lost, kept))
     shift_O = None if shift_O is None else shift_O.double()
     held = inputs.held_out if inputs.held_out and inputs.held_out.weight > 0 else None
-    error = _error(weight_OI, decoded_OI, shift_O, inputs.fit)
-    held_out = None if held is None else _error(weight_OI, decoded_OI, shift_O, held)
+    scattered, shifted, kept = _energies(weight_OI, decoded_OI, shift_O, inputs.fit)
+    error, held_out = _ratio(scattered + shifted, kept), None
+    if held is not None:
+        *lost_there, kept = _energies(weight_OI, decoded_OI, shift_O, held)
+        held_out = _ratio(sum(lost_there), kept)
     if inputs.fit.products_yy_II is None:
         return Loss(error=error, held_out=held_out)
-    rounded_OI = lost_OI if target_OI is None else target_OI.to(dtype) - decoded_OI
     centred = shift_O is not None
-    loss = float(inputs.fit.energy(rounded_OI, centred=centred).sum())
+    loss = scattered if centred else scattered + shifted
+    if target_OI is not None:
+        rounded_OI = target_OI.to(dtype) - decoded_OI
+        loss = float(inputs.fit.energy(rounded_OI, centred=centred).sum())
     moments = Moments.of(inputs.fit, centred=centred)
     alive_I = ~moments.dead_I
     if not bool(alive_I.any()):
@@ -86,10 +91,10 @@ def measure(
     )
 
 
-def _error(
+def _energies(
     weight_OI: Tensor, decoded_OI: Tensor, shift_O: Tensor | None, stats: LayerStats
-) -> float:
-    """The relative error on one set of rows."""
+) -> tuple[float, float, float]:
+    """On one set of rows: what is lost around its mean, the mean's square, and what there was."""
     lost_OI = weight_OI - decoded_OI
     mean_O = lost_OI.double() @ stats.mean_y_I
     if shift_O is not None:
@@ -97,15 +102,14 @@ def _error(
         mean_O = given_O - got_O - shift_O
     mean = float(mean_O.square().sum())
     if stats.products_yy_II is not None:
-        lost = float(stats.energy(lost_OI, centred=True).sum()) + mean
-        kept = float(stats.energy(weight_OI, centred=False).sum())
-        return _ratio(lost, kept)
+        scattered = float(stats.energy(lost_OI, centred=True).sum())
+        return scattered, mean, float(stats.energy(weight_OI, centred=False).sum())
     square_I = stats.mean_square_I
     kept = float(weight_OI.square().sum(0) @ square_I)
     if shift_O is None:
-        return _ratio(float(lost_OI.square().sum(0) @ square_I), kept)
+        return float(lost_OI.square().sum(0) @ square_I), 0.0, kept
     variance_I = (square_I - stats.mean_y_I.square()).clamp_min(0)
-    return _ratio(float(lost_OI.square().sum(0) @ variance_I) + mean, kept)
+    return float(lost_OI.square().sum(0) @ variance_I), mean, kept
 
 
 def _ratio(lost: float, kept: float) -> float:

@@ -131,7 +131,8 @@ class Gptq(Settings):
             notes["alternations"] = alternations
         if blind:
             notes["uncorrected"] = f"{len(inputs.fit.shift_I)} inputs are too many for E[x y^T]"
-        return Rounded(payload=payload, shift_O=shift_O, target_OI=target_OI, notes=notes)
+        corrected_OI = target_OI if share else None
+        return Rounded(payload=payload, shift_O=shift_O, target_OI=corrected_OI, notes=notes)
 
     def _choose(
         self, weight_OI: Tensor, fit: Moments, judge: Judge, fmt: WeightFormat

@@ -222,10 +222,13 @@ class SideBySide:
     def advance(self, piece: str) -> None:
         """Hands the states of both models on to the next piece."""
         results: list[tuple[Any, Any]] = []
+        known: list[Tensor] = []
         for i in range(len(self.batches)):
             full = self._end(self.full, piece, i)
             half = full if self.half is self.full else self._end(self.half, piece, i)
-            results.append((full, _sharing(half, full) if piece == HEAD else half))
+            if piece == HEAD:
+                full, half = _shared(full, known), _shared(half, known)
+            results.append((full, half))
         if piece == TAIL:
             self.outputs = results
         else:
@@ -250,16 +253,20 @@ class SideBySide:
             return chain.tail(carry, *inputs) if piece == TAIL else chain.block(int(piece), carry)
 
 
-def _sharing(half: Carry, full: Carry) -> Carry:
-    """The same; arguments that are another carry's, number by number, are not held twice."""
+def _shared(carry: Carry, known: list[Tensor]) -> Carry:
+    """The same; of arguments that equal a known one, such as a prompt's text, that one is held."""
 
-    def shared(own: Any, other: Any) -> Any:
-        same = isinstance(own, Tensor) and isinstance(other, Tensor) and torch.equal(own, other)
-        return other if same else own
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        for other in known:
+            if other.shape == value.shape and torch.equal(other, value):
+                return other
+        known.append(value)
+        return value
 
-    args = tuple(map(shared, half.args, full.args))
-    kwargs = {name: shared(own, full.kwargs[name]) for name, own in half.kwargs.items()}
-    return replace(half, args=args, kwargs=kwargs)
+    kwargs = {name: one(value) for name, value in carry.kwargs.items()}
+    return replace(carry, args=tuple(map(one, carry.args)), kwargs=kwargs)
 
 
 def _counted(batch: Batch, rows: Tensor) -> Tensor:
