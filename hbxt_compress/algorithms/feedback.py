@@ -54,15 +54,27 @@ class Factor:
 def factorise(hessian_II: Tensor, order_I: Tensor) -> Factor | None:
     """The factor of a symmetric matrix, or None if its precision finds it not positive definite."""
     backwards_I = order_I.flip(0)
-    lower_II, failed = torch.linalg.cholesky_ex(hessian_II[backwards_I[:, None], backwards_I])
-    if int(failed) or not bool(torch.isfinite(torch.stack(lower_II.aminmax())).all()):
+    upper_II = hessian_II[backwards_I[:, None], backwards_I].mT
+    failed = torch.empty((), dtype=torch.int32, device=upper_II.device)
+    torch.linalg.cholesky_ex(upper_II, out=(upper_II, failed))  # in place: it may take 0.8 GB
+    if int(failed) or not bool(torch.isfinite(torch.stack(upper_II.aminmax())).all()):
         return None
-    upper_II = lower_II.flip(0, 1)  # H = R R^T, R upper triangular
-    del lower_II  # of many inputs it takes 0.8 GB
+    _reverse(upper_II.mT.view(-1))  # now H = R R^T, R upper triangular
     root_I = upper_II.diagonal().clone()
     pivots_I = torch.empty_like(root_I)
     pivots_I[order_I] = root_I.square()
     return Factor(order_I=order_I, unit_II=upper_II.div_(root_I), pivots_I=pivots_I)
+
+
+def _reverse(numbers: Tensor) -> None:
+    """Puts the last first, in place."""
+    step = 1 << 20
+    for start in range(0, len(numbers) // 2, step):
+        stop = min(start + step, len(numbers) // 2)
+        first, last = numbers[start:stop], numbers[len(numbers) - stop : len(numbers) - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

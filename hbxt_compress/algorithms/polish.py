@@ -34,19 +34,22 @@ def descend(
     error_OI = target_OI.to(hessian_II) - grid.value(levels_OI).to(hessian_II)
     gradient_IO = (error_OI @ hessian_II).T.contiguous()[order_I]
     del error_OI
-    hessian_II = hessian_II[order_I[:, None], order_I]
-    curve_I = hessian_II.diagonal()
     n_changed = 0
     for run, later in in_halves(len(order_I)):
+        own_I = order_I[run]
         if later is not None:  # gradient_IO holds the moves of what was put
-            gradient_IO[later].addmm_(hessian_II[later, run], gradient_IO[run], alpha=-1)
+            part_II = hessian_II[order_I[later, None], own_I]
+            gradient_IO[later].addmm_(part_II, gradient_IO[run], alpha=-1)
             continue
-        for j, g in zip(range(run.start, run.stop), group_I[run].tolist(), strict=True):
-            best_O = units_IO[j] + gradient_IO[j].div_(curve_I[j]).div_(scale_GO[g])
+        own_II = hessian_II[own_I[:, None], own_I]
+        for i, (j, g) in enumerate(
+            zip(range(run.start, run.stop), group_I[run].tolist(), strict=True)
+        ):
+            best_O = units_IO[j] + gradient_IO[j].div_(own_II[i, i]).div_(scale_GO[g])
             step_O = best_O.round_().clamp_(low_GO[g], high_GO[g]).sub_(units_IO[j])
             units_IO[j] += step_O
             move_O = torch.mul(step_O, scale_GO[g], out=gradient_IO[j])
-            gradient_IO[j + 1 : run.stop].addr_(hessian_II[j, j + 1 : run.stop], move_O, alpha=-1)
+            gradient_IO[j + 1 : run.stop].addr_(own_II[i, i + 1 :], move_O, alpha=-1)
         n_changed += int(gradient_IO[run].count_nonzero())
     return natural_order(units_IO, order_I, grid, zero_GO), n_changed
 
