@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -25,14 +25,14 @@ class BlocksDiffer(Exception):
 class Match(NamedTuple):
     """Nodes of two blocks that are the same, and what the first of the two is given and gives.
 
-    own: its initializers to which others correspond in the second one.
+    own: its initializers, with those that correspond to them in the second one.
     """
 
     nodes: Sequence[ir.Node]
     others: Sequence[ir.Node]
     enters: ir.Value
     leaves: ir.Value
-    own: Collection[ir.Value]
+    own: Mapping[ir.Value, ir.Value]
 
 
 def require_alike(one: nn.Module, other: nn.Module, rename: Rename, at: tuple[int, int]) -> None:
@@ -72,7 +72,7 @@ def match_nodes(nodes: Sequence[ir.Node], others: Sequence[ir.Node], rename: Ren
         raise BlocksDiffer(f"{len(nodes)} nodes of a block, {len(others)} of the last one")
     inside, there = _places(nodes), _places(others)
     links: set[tuple[ir.Value, ir.Value]] = set()
-    own: dict[ir.Value, None] = {}
+    own: dict[ir.Value, ir.Value] = {}
     for one, other in zip(nodes, others, strict=True):
         where = f"{one.name} and {other.name}"
         if _looks(one, rename) != _looks(other, str):
@@ -86,8 +86,7 @@ def match_nodes(nodes: Sequence[ir.Node], others: Sequence[ir.Node], rename: Ren
                 links.add((a, b))
                 same = a.dtype == b.dtype and a.shape == b.shape
             else:
-                own[a] = None
-                same = _correspond(a, b, rename)
+                same = own.setdefault(a, b) is b and _correspond(a, b, rename)
             if not same:
                 raise BlocksDiffer(f"{where} read other values")
     if len(links) != 1:

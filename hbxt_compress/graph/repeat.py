@@ -14,7 +14,7 @@ names its blocks promises that there is none.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -104,7 +104,7 @@ class Blocks:
             for index, given in enumerate(node.inputs):
                 if given is match.leaves:
                     node.replace_input_with(index, reached)
-        for value in self._in_order(known, match.own, made):
+        for value in _in_order(known, match.own, made):
             if self.holds(name_of(value)):
                 value.const_value = content(name_of(value))
             graph.register_initializer(value)
@@ -115,26 +115,6 @@ class Blocks:
             common.NameFixPass(),
         ):
             step(model)
-
-    def _in_order(
-        self,
-        known: Sequence[ir.Value],
-        own: Collection[ir.Value],
-        made: Sequence[Mapping[ir.Value, ir.Value]],
-    ) -> Iterator[ir.Value]:
-        """The initializers in the order of a whole trace: copies before those of the last block.
-
-        made: for each block between the second's own initializers and the copies.
-        """
-        waiting: list[ir.Value] = []
-        for value in known:
-            if name_of(value).startswith(f"{self._path}.{self._last}."):
-                yield from (copies[one] for copies in made for one in waiting)
-                waiting = []
-            elif value in own:
-                waiting.append(value)
-            yield value
-        yield from (copies[one] for copies in made for one in waiting)
 
     def _matched(self, nodes: Sequence[ir.Node]) -> Match:
         """The second block's nodes and the last one's.
@@ -223,3 +203,24 @@ class _Copy:
         if attribute.type != ir.AttributeType.STRING:
             return attribute
         return ir.AttrString(attribute.name, self._rename(attribute.as_string()))
+
+
+def _in_order(
+    known: Sequence[ir.Value],
+    own: Mapping[ir.Value, ir.Value],
+    made: Sequence[Mapping[ir.Value, ir.Value]],
+) -> Iterator[ir.Value]:
+    """The initializers in the order of a whole trace: copies before those of the last block.
+
+    own: the second block's, with the last one's. made: its own with their copies, by block.
+    """
+    waiting: list[ir.Value] = []
+    of_the_last = {*own.values()}
+    for value in known:
+        if value in own:
+            waiting.append(value)
+        elif value in of_the_last:
+            yield from (copies[one] for copies in made for one in waiting)
+            waiting = []
+        yield value
+    yield from (copies[one] for copies in made for one in waiting)
