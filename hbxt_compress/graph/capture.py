@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from hbxt_compress.errors import ExportError
 from hbxt_compress.graph.alike import BlocksDiffer
 from hbxt_compress.graph.builder import constant, content_of
-from hbxt_compress.graph.repeat import Blocks
+from hbxt_compress.graph.repeat import Blocks, n_traced
 
 __all__ = [
     "OPSET",
@@ -142,13 +142,14 @@ def capture(spec: GraphSpec, read: Read | None = None) -> ir.Model:
         ExportError: tracing made a constant that is neither a parameter nor a buffer.
     """
     module = spec.module.eval()
-    if spec.blocks is None:
-        return _traced(spec, module, read, None)
-    try:
-        return _traced(spec, module, read, Blocks(module, f"{_WRAPPED}{spec.blocks}"))
-    except BlocksDiffer as why:  # no error: the graph is the same, it only takes longer to get
-        log.info("export: all blocks are traced: %s", why)
-        return _traced(spec, module, read, None)
+    path = f"{_WRAPPED}{spec.blocks}"
+    n_blocks = 0 if spec.blocks is None else len([*module.get_submodule(path).children()])
+    if n_traced(n_blocks) < n_blocks:
+        try:
+            return _traced(spec, module, read, Blocks(module, path))
+        except BlocksDiffer as why:  # no error: the graph is the same, it only takes longer to get
+            log.info("export: all blocks are traced: %s", why)
+    return _traced(spec, module, read, None)
 
 
 def _traced(

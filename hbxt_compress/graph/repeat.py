@@ -28,24 +28,28 @@ from hbxt_compress.graph.counted_names import CountedNames
 from hbxt_compress.graph.naming import SCOPES
 from hbxt_compress.graph.unread import Unread
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "n_traced"]
 
-_FEWEST = 5  # of four, three are traced anyway
+_TRACED = 3
+_FEWEST = 5  # one fewer would save a single block
+
+
+def n_traced(n_blocks: int) -> int:
+    """How many of so many blocks are traced if they are alike."""
+    return _TRACED if n_blocks >= _FEWEST else n_blocks
 
 
 class Blocks:
     """The blocks of a module that is traced: a ModuleList, at a path below the module.
 
     Raises:
-        BlocksDiffer: they are too few, or modules of other types, settings, shapes or buffers.
+        BlocksDiffer: they are modules of other types, settings, shapes or buffers.
     """
 
     def __init__(self, module: nn.Module, path: str) -> None:
         self._module, self._path = module, path
         self._whole = module.get_submodule(path)
         children = dict(self._whole.named_children())
-        if len(children) < _FEWEST:
-            raise BlocksDiffer(f"{len(children)} blocks, fewer than {_FEWEST}, are traced at once")
         self._first, self._second, *self._between, self._last = children
         self.unread = Unread()
         for key in (*self._between, self._last):
