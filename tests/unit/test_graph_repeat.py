@@ -52,6 +52,7 @@ def _require_same_files(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.timeout(240)  # ten seconds of one core, which it may have to share
 def test_the_reference_transformer_is_repeated_to_the_bytes_of_a_whole_trace(
     tmp_path: Path, caplog
 ) -> None:
