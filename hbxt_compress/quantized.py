@@ -20,7 +20,9 @@ from torch import Tensor
 
 from hbxt_compress.layers import LayerName
 
-__all__ = ["Loss", "QuantizedModel", "QuantizedWeight", "save_block"]
+__all__ = ["Loss", "QuantizedModel", "QuantizedWeight", "halves", "outline", "save_block"]
+
+_MATRIX = 2  # axes, or more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,47 @@ class _Payload(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def halves(self, key: str) -> Tensor | None:
+        """A matrix as it lies in the file, two columns a byte; None if it does not lie so."""
+        if key not in self._halved:
+            return None
+        with safe_open(self._path, framework="pt") as file:
+            packed: Tensor = file.get_tensor(f"{self._layer}:{key}")
+            return packed
+
+    def outline(self) -> dict[str, Tensor]:
+        """As the function of that name, from the file's header."""
+        found = {}
+        with safe_open(self._path, framework="pt") as file:
+            for key in self._keys:
+                lies = file.get_slice(f"{self._layer}:{key}")
+                shape = lies.get_shape()
+                if len(shape) < _MATRIX:
+                    found[key] = self[key].clone()
+                    continue
+                shape[-1] *= 1 + (key in self._halved)
+                found[key] = torch.empty(shape, dtype=lies[:0].dtype, device="meta")
+        return found
+
+
+def outline(payload: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The payload with every matrix on the meta device; those in a block file are not read."""
+    if isinstance(payload, _Payload):
+        return payload.outline()
+    return {k: t.clone() if t.ndim < _MATRIX else t.to("meta") for k, t in payload.items()}
+
+
+def halves(payload: Mapping[str, Tensor], key: str) -> Tensor:
+    """uint8 O I/2 of a matrix of codes below 16: two columns a byte, the first in the low bits.
+
+    That is how they lie in a block file: they are not unpacked first.
+    """
+    packed = payload.halves(key) if isinstance(payload, _Payload) else None
+    if packed is not None:
+        return packed
+    codes_OI = payload[key]
+    return codes_OI[:, ::2] if codes_OI.is_meta else _packed(codes_OI)
 
 
 def save_block(

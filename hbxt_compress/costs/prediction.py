@@ -30,6 +30,7 @@ from hbxt_compress.costs.stages import (
 )
 from hbxt_compress.costs.work import Rates, Work
 from hbxt_compress.errors import PlanError, listing
+from hbxt_compress.graph.repeat import n_traced
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import Choice, Plan, open_choices
 from hbxt_compress.prompts import PromptSet
@@ -164,7 +165,7 @@ def stage_costs(
             n_learnt = plan.shown.n - learnt[1] if plan.shown is not None else 0
             own = (n_learnt, learnt[1])
             costs.append(refine_cost(plan, model, own, costs[-1].kept_bytes))
-    costs.append(export_cost(plan, family, source, _graph_calls(source)))
+    costs.append(export_cost(plan, family, source, *_graph_calls(source)))
     if copied:
         costs.append(publish_cost(costs[-1].kept_bytes))
     return costs
@@ -229,9 +230,12 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(_there(path)).free
 
 
-def _graph_calls(source: Source) -> dict[str, int]:
-    """Operations of each component's graphs: a decoder has one for the first frame, one more."""
-    family, found = family_of(source), dict[str, int]()
+def _graph_calls(source: Source) -> tuple[dict[str, int], dict[str, int]]:
+    """Operations of each component's graphs, and how many of them are traced.
+
+    A decoder has a graph for the first frame, one more.
+    """
+    family, found, traced = family_of(source), dict[str, int](), dict[str, int]()
     latent = family.latent_shape(source)
     forwards, depths = Forwards(family, source, latent), dict[str, set[int]]()
     for spec in family.layers(source):
@@ -239,13 +243,14 @@ def _graph_calls(source: Source) -> dict[str, int]:
             depths.setdefault(spec.component, set()).add(spec.block)
     for component in family.components(source):
         if component in family.chained:
-            pieces = whole(forwards.passes(component), len(depths[component]))
-            found[component] = sum(piece.n_calls * times for piece, times in pieces)
+            passes, n_blocks = forwards.passes(component), len(depths[component])
+            for n, calls in ((n_blocks, found), (n_traced(n_blocks), traced)):
+                calls[component] = sum(one.n_calls * times for one, times in whole(passes, n))
             continue
         module = family.skeleton(source, component).to("meta")
         latents = torch.zeros(1, latent[0], 2, *latent[2:], device="meta")
-        found[component] = _decoded_calls(family, source, module, latents)
-    return found
+        found[component] = traced[component] = _decoded_calls(family, source, module, latents)
+    return found, traced
 
 
 def _decoded_calls(family: Family, source: Source, module: nn.Module, latents: Tensor) -> int:

@@ -204,18 +204,20 @@ def refine_cost(
     )
 
 
-def export_cost(plan: Plan, family: Family, source: Source, calls: dict[str, int]) -> StageCost:
+def export_cost(
+    plan: Plan, family: Family, source: Source, calls: dict[str, int], traced: dict[str, int]
+) -> StageCost:
     """stages/export: graphs traced without values, then every tensor read, packed and written.
 
-    calls: component -> operations of its graphs.
+    calls: component -> operations of its graphs. traced: those of the blocks that are traced.
     """
     sizes = plan.components()
     after = float(sum(one["after"] for one in sizes.values()))
     after += _GRAPH_BYTES * sum(calls.values())
     before = float(sum(one["before"] for one in sizes.values()))
-    seconds = _EXPORT_FIRST_S + _EXPORT_CALL_S * sum(calls.values())
-    # each tensor is read as float32, checked, stored in its format and hashed while it is written
-    work = _fixed(seconds) + Work.of(move=8 * before, hash=after) + _stored(after)
+    seconds = _EXPORT_FIRST_S + _EXPORT_CALL_S * sum(traced.values())
+    # each tensor is read as float32, checked and stored in its format
+    work = _fixed(seconds) + Work.of(move=8 * before) + _stored(after)
     largest = max((one.spec.n_weights for one in plan.layers if one.spec.kind != "embedding"),
                   default=0)  # fmt: skip
     peak = BASE_BYTES + _EXPORTER_BYTES + _CALL_BYTES * max(calls.values(), default=0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from hbxt_compress.formats.levels import checked, nearest, value
 from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, Value
 from hbxt_compress.layers import LayerSpec
+from hbxt_compress.quantized import halves
 
 __all__ = ["Int4"]
 
@@ -123,12 +124,9 @@ class Int4:
 
     def pack(self, payload: Mapping[str, Tensor]) -> Tensor:
         """uint8 O G group/2: two codes a byte, the first in the low four bits."""
-        n_out, n_in = payload["codes"].shape
-        pairs = payload["codes"].reshape(n_out, n_in // self.group, self.group)
-        if pairs.is_meta:
-            return pairs[..., ::2]
-        pairs = pairs.contiguous().view(torch.int16)  # the first code in the low byte
-        return (pairs | (pairs >> 4)).to(torch.uint8)
+        pairs = halves(payload, "codes")
+        half = self.group // 2
+        return pairs.reshape(len(pairs), pairs.shape[1] // half, half)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """codes uint8 O I of what `pack` returned."""
@@ -145,10 +143,11 @@ class Int4:
         self, graph: GraphBuilder, name: str, x: Value, payload: Mapping[str, Tensor]
     ) -> Value:
         """Adds MatMulNBits with three inputs, or four: a fifth is misread on some targets."""
-        n_out, n_in = payload["codes"].shape
+        packed = self.pack(payload)
+        n_out, n_in = len(packed), 2 * packed[0].numel()
         shape = (*graph.shape_of(x)[:-1], n_out)
-        packed = graph.initializer(f"{name}.codes", self.pack(payload))
-        inputs = [x, packed, graph.float32(f"{name}.scales", payload["scales"].flatten())]
+        codes = graph.initializer(f"{name}.codes", packed)
+        inputs = [x, codes, graph.float32(f"{name}.scales", payload["scales"].flatten())]
         if self.asymmetric:
             inputs.append(graph.initializer(f"{name}.zeros", self.pack_zeros(payload)))
         out = graph.node(

@@ -10,18 +10,21 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from optimum.utils import DummyInputGenerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hbxt_compress.errors import ExportError
+from hbxt_compress.graph.alike import BlocksDiffer
 from hbxt_compress.graph.builder import constant, content_of
+from hbxt_compress.graph.repeat import Blocks, n_traced
 
 __all__ = [
     "OPSET",
@@ -36,6 +39,7 @@ __all__ = [
 
 OPSET = 18
 Read = Callable[[str], Tensor]
+log = logging.getLogger(__name__)
 _WRAPPED = "model."
 _SMALL = 1 << 16  # numbers
 
@@ -55,12 +59,16 @@ class GraphSpec:
 
     Initializers are named as the parameters of the module's child `model`. reference computes the
     outputs (or the first few) from the inputs with the untouched model, for graph/parity.py.
+
+    blocks: path below `model` of a ModuleList whose members are called in turn, each on what the
+    one before gave, whatever their number: of many that are alike only three are traced.
     """
 
     module: nn.Module
     inputs: Mapping[str, TensorSpec]
     outputs: Sequence[str]
     reference: Callable[..., Sequence[Tensor]]
+    blocks: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +142,29 @@ def capture(spec: GraphSpec, read: Read | None = None) -> ir.Model:
         ExportError: tracing made a constant that is neither a parameter nor a buffer.
     """
     module = spec.module.eval()
+    path = f"{_WRAPPED}{spec.blocks}"
+    n_blocks = 0 if spec.blocks is None else len([*module.get_submodule(path).children()])
+    if n_traced(n_blocks) < n_blocks:
+        try:
+            return _traced(spec, module, read, Blocks(module, path))
+        except BlocksDiffer as why:  # no error: the graph is the same, it only takes longer to get
+            log.info("export: all blocks are traced: %s", why)
+    return _traced(spec, module, read, None)
+
+
+def _traced(
+    spec: GraphSpec, module: nn.Module, read: Read | None, blocks: Blocks | None
+) -> ir.Model:
+    own = dict(module.named_parameters(remove_duplicate=False))
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), without_values(module):
+        with (
+            warnings.catch_warnings(),
+            blocks.cut() if blocks else nullcontext(),
+            without_values(module),
+        ):
             # torch's exporter warns about its own deprecated calls; nothing a user could act on.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -153,19 +179,31 @@ def capture(spec: GraphSpec, read: Read | None = None) -> ir.Model:
             )
         if program is None:
             raise ExportError("torch.onnx.export returned no program")
-        _read_later(program.model, module, read)
+        if blocks is not None:
+            blocks.learn_names(program.model.graph)
+        _read_later(program.model, own, read, blocks)
         program.optimize()
     finally:
         exporter_log.setLevel(level)
+    if blocks is not None:
+        buffers = dict(module.named_buffers())
+
+        def content(name: str) -> ir.TensorProtocol:
+            if name in own:
+                return _later(name, own[name], read)
+            return constant(name, buffers[name])
+
+        blocks.grow(program.model, content)
     return program.model
 
 
-def _read_later(model: ir.Model, module: nn.Module, read: Read | None) -> None:
+def _read_later(
+    model: ir.Model, own: Mapping[str, Tensor], read: Read | None, blocks: Blocks | None
+) -> None:
     """Gives content to the initializers that were traced without: to small ones at once.
 
-    Those are what constants are folded with, again and again.
+    Those are what constants are folded with, again and again; not those of repeated blocks.
     """
-    own = dict(module.named_parameters(remove_duplicate=False))
     for name, value in model.graph.initializers.items():
         traced = content_of(value)
         if not isinstance(traced.raw, FakeTensor):
@@ -174,10 +212,16 @@ def _read_later(model: ir.Model, module: nn.Module, read: Read | None) -> None:
             raise ExportError(
                 f"{name}: made while tracing, so it has no value; make it a buffer of its module"
             )
-        content = partial(_parameter, name, own[name], read)
-        shape = ir.Shape(own[name].shape)
-        later = ir.LazyTensor(content, traced.dtype, shape, name=name)
-        value.const_value = content() if later.size <= _SMALL else later
+        later = _later(name, own[name], read)
+        if blocks is not None and blocks.holds(name):
+            value.const_value = blocks.unread.tensor(later)
+        else:
+            value.const_value = later.raw() if later.size <= _SMALL else later
+
+
+def _later(name: str, own: Tensor, read: Read | None) -> ir.LazyTensor:
+    dtype, shape = from_torch_dtype(own.dtype), ir.Shape(own.shape)
+    return ir.LazyTensor(partial(_parameter, name, own, read), dtype, shape, name=name)
 
 
 def _parameter(name: str, own: Tensor, read: Read | None) -> ir.Tensor:

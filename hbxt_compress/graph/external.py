@@ -8,7 +8,7 @@ table that is made by rows without ever being whole.
 
 from __future__ import annotations
 
-import hashlib
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,13 +26,16 @@ INLINE_BYTES = 1024
 ALIGNMENT = 64 * 1024
 _ALIGNED_FROM = 1024 * 1024
 _SMALL_ALIGNMENT = 64
+_TELLING = 1024
+_READ_AT_ONCE = 1 << 18
+_Start = tuple[bytes, int]  # of a tensor, and how many bytes it has
 
 
 def write_models(folder: Path, models: Mapping[str, ir.Model]) -> None:
     """Writes each model under its file name and model.onnx.data; the models then point into it."""
     folder.mkdir(parents=True, exist_ok=True)
-    written: dict[str, tuple[int, int]] = {}
-    with (folder / DATA_FILE).open("wb") as data:
+    written: dict[_Start, list[int]] = {}
+    with (folder / DATA_FILE).open("w+b") as data:
         for name in sorted(models):
             for value in models[name].graph.initializers.values():
                 _move(value, data, written, folder)
@@ -46,9 +49,7 @@ def component_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in sorted(folder.glob("model*.onnx*")))
 
 
-def _move(
-    value: ir.Value, data: BinaryIO, written: dict[str, tuple[int, int]], folder: Path
-) -> None:
+def _move(value: ir.Value, data: BinaryIO, written: dict[_Start, list[int]], folder: Path) -> None:
     """Puts one initializer's bytes into the data file, if it is large, and refers to them.
 
     A lazy one is read once, here, and not kept.
@@ -61,15 +62,20 @@ def _move(
     step = ALIGNMENT if tensor.nbytes > _ALIGNED_FROM else _SMALL_ALIGNMENT
     offset = -(-start // step) * step
     data.write(b"\0" * (offset - start))
-    digest = _append(_parts(tensor), data)
-    if digest in written:  # known only now: nothing is made twice to find out
-        data.seek(start)
-        data.truncate()
-    offset, length = written.setdefault(digest, (offset, tensor.nbytes))
+    earlier = written.setdefault((_append(_parts(tensor), data), tensor.nbytes), [])
+    for other in earlier:  # known only now: nothing is made twice to find out
+        if _same(data, other, offset, tensor.nbytes):
+            data.seek(start)
+            data.truncate()
+            offset = other
+            break
+    else:
+        earlier.append(offset)
+        data.seek(0, os.SEEK_END)
     value.const_value = ir.ExternalTensor(
         DATA_FILE,
         offset,
-        length,
+        tensor.nbytes,
         tensor.dtype,
         shape=ir.Shape(tensor.shape.numpy()),
         name=name_of(value),
@@ -84,14 +90,26 @@ def _parts(tensor: ir.TensorProtocol) -> Iterable[ir.TensorProtocol]:
     return tensor.raw.parts() if isinstance(tensor.raw, ByRows) else (tensor.raw(),)
 
 
-def _append(parts: Iterable[ir.TensorProtocol], data: BinaryIO) -> str:
-    """Writes the bytes of all parts; the sha256 of them together."""
-    digest = hashlib.sha256()
+def _append(parts: Iterable[ir.TensorProtocol], data: BinaryIO) -> bytes:
+    """Writes the bytes of all parts; the first of them, which tell most tensors apart."""
+    start = b""
     for part in parts:
         content = _bytes(part)
-        digest.update(content)
+        start = start or bytes(content[:_TELLING])
         data.write(content)
-    return digest.hexdigest()
+    return start
+
+
+def _same(data: BinaryIO, one: int, other: int, length: int) -> bool:
+    """Whether the file holds the same bytes at two places."""
+    for place in range(0, length, _READ_AT_ONCE):
+        read = []
+        for offset in (one, other):
+            data.seek(offset + place)
+            read.append(data.read(min(_READ_AT_ONCE, length - place)))
+        if read[0] != read[1]:
+            return False
+    return True
 
 
 def _bytes(tensor: ir.TensorProtocol) -> bytes | memoryview:

@@ -14,9 +14,9 @@ import onnx_ir.passes.common as common
 
 from hbxt_compress.graph.builder import name_of
 
-__all__ = ["name_everything"]
+__all__ = ["SCOPES", "name_everything", "scope_of"]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 _WRAPPED = "model"
 
 
@@ -26,7 +26,7 @@ def name_everything(model: ir.Model) -> None:
     ends = {*graph.inputs, *graph.outputs}
     used: Counter[str] = Counter()
     for node in graph:
-        stem = f"{_scope(node)}/{node.op_type}".removeprefix("/")
+        stem = f"{scope_of(node)}/{node.op_type}".removeprefix("/")
         node.name = stem if not used[stem] else f"{stem}_{used[stem]}"
         used[stem] += 1
         for index, output in enumerate(node.outputs):
@@ -43,8 +43,9 @@ def name_everything(model: ir.Model) -> None:
     graph.metadata_props.clear()
 
 
-def _scope(node: ir.Node) -> str:
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+def scope_of(node: ir.Node) -> str:
+    """The path of the module that a traced node belongs to; "" of none or the wrapper."""
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     modules = [scope for scope in scopes[:-1] if scope]
     return modules[-1].removeprefix(_WRAPPED).removeprefix(".") if modules else ""
 

@@ -23,6 +23,7 @@ from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS, WeightFormat
 from hbxt_compress.graph.builder import ByRows, GraphBuilder, Value, content_of
 from hbxt_compress.layers import LayerName
+from hbxt_compress.quantized import outline
 
 __all__ = ["Precision", "ReadRows", "Storage", "Stored"]
 
@@ -98,9 +99,7 @@ class Storage:
         """
         self._unused.discard(LayerName(layer))
         chosen, payload = self._weights.get(LayerName(layer)) or (self._default, {})
-        outline = payload or _encoded(
-            chosen, torch.empty(weight.shape.numpy(), dtype=torch.float32, device="meta")
-        )
+        shape = weight.shape.numpy()
         read = partial(_rows, f"{layer.removeprefix(f'{self.component}/')}.weight", weight)
 
         def rows(start: int, stop: int) -> Payload:
@@ -110,7 +109,7 @@ class Storage:
         return Stored(
             layer=layer,
             format=chosen,
-            outline={key: t.to("meta") if t.ndim > 1 else t.clone() for key, t in outline.items()},
+            outline=outline(payload or _encoded(chosen, torch.empty(shape, device="meta"))),
             payload=partial(_read, layer, chosen, payload, partial(_tensor, weight)),
             rows=rows,
             in_parts=bool(payload) or self._read_rows is not None,
@@ -171,9 +170,9 @@ def _read(
     layer: str, chosen: WeightFormat, payload: Payload, weight: Callable[[], Tensor]
 ) -> Payload:
     """The planned payload or else the weight's own, checked finite."""
-    found = dict(payload) or _encoded(chosen, weight())
-    for tensor in found.values():
-        if tensor.is_floating_point() and not _finite(tensor):
+    found = payload or _encoded(chosen, weight())
+    for key, like in outline(found).items():
+        if like.is_floating_point() and not _finite(found[key]):
             raise ExportError(
                 f"{layer}: cannot be stored as {chosen.name}: its largest absolute value "
                 f"{float(weight().abs().max()):.6g} is beyond 65504 or not finite; "

@@ -71,6 +71,7 @@ def transformer_graphs(
         inputs=inputs,
         outputs=["out_hidden_states"],
         reference=lambda x, t, text: transformer(x, t, text, return_dict=False),
+        blocks="blocks",
     )
     return ComponentGraphs(
         component=component, graphs={"model.onnx": graph}, config=public_config(config)
@@ -91,6 +92,7 @@ def text_encoder_graphs(
         inputs=inputs,
         outputs=["last_hidden_state"],
         reference=lambda ids, mask: (encoder(ids, attention_mask=mask)[0],),
+        blocks="encoder.block",
     )
     return ComponentGraphs(
         component=component,

@@ -120,6 +120,7 @@ def test_equal_contents_are_written_once_and_without_a_copy(tmp_path: Path) -> N
         "b": ir.Tensor(other),
         "c": ir.LazyTensor(parts, ir.DataType.FLOAT, shape),
         "d": ir.Tensor(other[::-1]),
+        "e": ir.Tensor(np.append(large[:-1], np.float32(7.0))),
     }
     graph = ir.Graph([], [], nodes=[], name="main", opset_imports={"": 18})
     for name, content in contents.items():
@@ -141,8 +142,14 @@ def test_equal_contents_are_written_once_and_without_a_copy(tmp_path: Path) -> N
     assert places["a"] == places["c"] == ("model.onnx.data", "0", str(large.nbytes))
     assert places["b"][1:] == (str(large.nbytes), "1200")
     assert places["d"][1:] == (str(large.nbytes + 1216), "1200")
+    data = (tmp_path / "model.onnx.data").read_bytes()
     expected = large.tobytes() + other.tobytes() + bytes(16) + other[::-1].tobytes()
-    assert (tmp_path / "model.onnx.data").read_bytes() == expected
+    assert data[: len(expected)] == expected
+    # its start is that of "a", its last number is not
+    offset, length = (int(entry) for entry in places["e"][1:])
+    assert offset >= len(expected)
+    assert data[offset : offset + length] == contents["e"].tobytes()
+    assert len(data) == offset + length
 
 
 def test_a_weight_beyond_float16_is_refused_by_name(net, tmp_path: Path) -> None:

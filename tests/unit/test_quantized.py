@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.layers import LayerName
-from hbxt_compress.quantized import Loss, QuantizedModel, QuantizedWeight, save_block
+from hbxt_compress.quantized import (
+    Loss,
+    QuantizedModel,
+    QuantizedWeight,
+    halves,
+    outline,
+    save_block,
+)
 
 _NAME = LayerName("transformer/blocks.0.ffn.net.2")
 
@@ -54,3 +61,25 @@ def test_tensors_that_share_memory_are_stored_apart(tmp_path: Path) -> None:
     payload = QuantizedModel.load(tmp_path / "a.safetensors").weights[_NAME].payload
     assert torch.equal(payload["up"], shared)
     assert torch.equal(payload["down"], shared[:2])
+
+
+def test_an_open_payload_tells_its_shapes_and_gives_halves_as_they_lie(tmp_path: Path) -> None:
+    payload = {
+        "codes": torch.randint(16, (48, 256), dtype=torch.uint8),
+        "odd": torch.randint(16, (48, 255), dtype=torch.uint8),
+        "scales": torch.rand(48, 4, dtype=torch.float16),
+        "input_scale": torch.rand(256, dtype=torch.float16),
+        "rotation": torch.tensor(64),
+    }
+    save_block(tmp_path / "a.safetensors", {_NAME: _weight(payload)})
+    opened = QuantizedModel.open(tmp_path / "a.safetensors").weights[_NAME].payload
+    for found in (outline(opened), outline(payload)):
+        assert found.keys() == payload.keys()
+        for key, tensor in payload.items():
+            assert (found[key].shape, found[key].dtype) == (tensor.shape, tensor.dtype)
+            assert found[key].is_meta == (tensor.ndim > 1)
+            assert tensor.ndim > 1 or torch.equal(found[key], tensor)
+    expected = payload["codes"][:, ::2] | payload["codes"][:, 1::2] << 4
+    for given in (opened, payload):
+        assert torch.equal(halves(given, "codes"), expected)
+    assert halves(outline(opened), "codes").shape == (48, 128)
