@@ -109,7 +109,7 @@ def _toured(
         for one in members:
             some = min(one.spec.n_weights, WEIGHTS // group.n_in * group.n_in)
             n_formats = len([name for name in one.formats if name not in FULL_PRECISION])
-            block += search_work(some) * n_formats
+            block += search_work(some, group.n_in) * n_formats
         work += block * n_blocks
         matrices = _MATRICES * float(size) ** 2 * precision_of(size).n_bytes
         alive = max(alive, matrices)

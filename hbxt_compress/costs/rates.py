@@ -37,10 +37,10 @@ _LEAST_S, _LEAST_CALLS = 0.2, 3  # of a measurement: fewer are at the scheduler'
 _BLOCK_BYTES = 1 << 24
 _DISK_BYTES = 1 << 27
 _MOST_AGE_S = 7 * 24 * 3600  # of remembered rates: machines get other neighbours
-# Weights a second of the compiled search against those of the eager one for squares (6.4 million),
-# int4-g128 on one thread of an AVX-512 processor: 52 million for squares, 38 for the power 3.5.
-_COMPILED: Final = {"search": 8.1, "search_power": 6.0}
-_SEARCHED_OI, _PRODUCT_TIO, _DOUBLE_TIO = (64, 3072), (512, 1536, 1536), (256, 1024, 1024)
+# Weights a second of the compiled search against those of the eager one for squares (6.0 million),
+# int4-g128 on one thread of an AVX-512 processor: 70 million for squares, 72 for the power 3.5.
+_COMPILED: Final = {"search": 11.6, "search_power": 12.0}
+_SEARCHED_OI, _PRODUCT_TIO, _DOUBLE_TIO = (192, 1024), (512, 1536, 1536), (256, 1024, 1024)
 _FACTORED, _FACTORED_64 = 2048, 1024  # columns
 _ROWS_FED, _COLUMNS_FED = (128, 2048), 512
 

@@ -20,11 +20,10 @@ from hbxt_compress.costs.counting import REUSED_BYTES
 from hbxt_compress.costs.work import Kind, Work
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.plan import LayerPlan
-from hbxt_compress.stages.by_rows import NUMBERS_AT_ONCE
 from hbxt_compress.stats import WIDEST
 
 __all__ = [
-    "COMPILED_FROM",
+    "EAGER_UP_TO",
     "Precision",
     "blind_work",
     "gptq_bytes",
@@ -41,7 +40,8 @@ __all__ = [
 ]
 
 _FLOAT64_TO = 2048  # inputs, as in stats.py
-COMPILED_FROM = 1 << 19  # weights, as in algorithms/scales.py
+EAGER_UP_TO = 1024  # inputs, as in algorithms/scales.py
+_COLUMNS_AT_ONCE = 1024  # of symmetric matrices, as in stats.py
 _JUDGED_ROWS, _ROWS_AT_ONCE = 128, 2048  # as in algorithms/gptq.py
 _SAMPLED, _LEAST_ROWS = 1 << 16, 16  # weights and rows, as in algorithms/choose.py
 _SIZE_PASSES = 4  # over a weight in scale.input_scale: finite, sizes, float64, squares
@@ -51,9 +51,9 @@ _NEAREST_BYTES = 330
 # Passes of stats.LayerStats.add over the rows of a side: float64 copies, shifts, squares, sums.
 _STATISTICS_BYTES = 100
 # I I matrices alive at the peak of gptq.Gptq.round, counted in its code: statistics of both sides
-# (4), moments (2), the judge's (2), three problems of 3, two temporaries of a factor; without
-# E[x y^T] and held-out rows: statistics, moments, the damped copy, two of a factor.
-_MATRICES, _MATRICES_BLIND = 19, 5
+# (4), moments (2), the judge's (2), three problems of 3, the last one's copy; without E[x y^T] and
+# held-out rows: statistics, the objective, its factor, and a quarter gathered in a descent.
+_MATRICES, _MATRICES_BLIND = 18, 3.25
 _ROW_ARRAYS = 10  # of 2048 rows, in feedback.feed_back and polish.descend
 
 
@@ -79,9 +79,9 @@ def numbers(n: float, passes: float, n_bytes: int) -> Work:
     return Work.of(move=2 * moved, fresh=moved if n * n_bytes > REUSED_BYTES else 0.0)
 
 
-def search_work(n_weights: float, norm: float = 2.0) -> Work:
+def search_work(n_weights: float, n_in: int, norm: float = 2.0) -> Work:
     """scales.search_scales of one weight."""
-    if n_weights < COMPILED_FROM:
+    if n_in <= EAGER_UP_TO:
         return Work.of(search_eager=n_weights)
     return Work.of(**{"search" if norm == 2.0 else "search_power": n_weights})
 
@@ -93,8 +93,7 @@ def blind_work(layer: LayerPlan) -> Work:
     if getattr(how, "search", "mse") == "none":
         return work
     norm, n_in = float(getattr(how, "norm", 2.0)), n // layer.spec.shape[0]
-    whole, rest = divmod(n, n_in * max(1, NUMBERS_AT_ONCE // n_in))
-    return work + search_work((n - rest) / max(1, whole), norm) * whole + search_work(rest, norm)
+    return work + search_work(n, n_in, norm)
 
 
 def statistics_work(
@@ -106,8 +105,9 @@ def statistics_work(
     """
     work = numbers(n_rows * n_in, _STATISTICS_BYTES / 8, 4)
     if covariance:
-        n_products = 2 if cross and n_in <= WIDEST else 1
-        work += Work.of(**{products: 2.0 * n_products * n_rows * n_in**2})
+        work += Work.of(**{products: 2.0 * n_rows * _triangle(n_in)})
+        if cross and n_in <= WIDEST:
+            work += Work.of(**{products: 2.0 * n_rows * n_in**2})
     return work
 
 
@@ -127,7 +127,7 @@ def gptq_work(how: Gptq, n_out: int, n_in: int, group: int | None, *, judged: bo
     # _choose: a problem a damping, an evaluation of some rows for each damping, share, and again
     n_factors = 1 + 1 + (n_dampings if judged else 0)  # and one of all rows, one of measure
     work = Work.of(**{kind.factor: n_factors * n_in**3 / 3})
-    work += numbers(square, 8 * n_factors + 20, kind.n_bytes)
+    work += numbers(square, 6 * n_factors + 14, kind.n_bytes)
     if chosen:
         rows = min(n_out, _JUDGED_ROWS)
         once = Work.of(**{kind.product: 8.0 * rows * square, kind.factor: 2.0 * rows * square})
@@ -135,18 +135,21 @@ def gptq_work(how: Gptq, n_out: int, n_in: int, group: int | None, *, judged: bo
     # target: W C, and two triangular systems
     if not blind and how.correct != (0.0,):
         work += Work.of(**{kind.product: 2 * whole, kind.factor: 2 * whole})
-    work += search_work(min(n_out, _ROWS_AT_ONCE) * n_in) * max(1.0, n_out / _ROWS_AT_ONCE)
-    nearer = _feedback(n_out, n_in, kind) + Work.of(**{kind.product: 2 * whole})
-    work += nearer * (1 + (how.polish if how.refit else 0))
+    work += search_work(n_out * n_in, n_in)
+    form = Work.of(**{kind.product: 2.0 * n_out * _triangle(n_in)})  # e H e^T of all rows
+    # Of many inputs a second round of polishing is rare: gptq._LEAST_GAIN
+    n_rounds = how.polish if kind.n_bytes == 8 else min(1, how.polish)
+    work += form * max(1, min(how.polish, n_rounds + 1))
+    work += _feedback(n_out, n_in, kind) * (1 + (n_rounds if how.refit else 0))
     n_groups = n_in // (group or n_in)
     # refit_scales: two products, and for each group an array of O I; O systems of G scales
     refit = Work.of(**{kind.product: 4 * whole, "factor64": n_out * n_groups**3 * 2 / 3})
     refit += numbers(min(n_out, _ROWS_AT_ONCE) * n_in, 2, kind.n_bytes) * (
         n_groups * max(1.0, n_out / _ROWS_AT_ONCE)
     )
-    work += ((refit if how.refit else Work()) + _descent(n_out, n_in, kind)) * how.polish
-    # measure: five forms e H e^T on all rows
-    return work + Work.of(**{kind.product: (10 if judged else 6) * whole})
+    work += ((refit if how.refit else Work()) + _descent(n_out, n_in, kind)) * n_rounds
+    # measure: what was lost and what there was, on both sides, and of a corrected target
+    return work + form * (5 if judged else 2)
 
 
 def gptq_bytes(n_out: int, n_in: int) -> float:
@@ -238,6 +241,14 @@ def _descent(n_out: int, n_in: int, kind: Precision) -> Work:
     }
     return Work.of(**{kind.product: 3.0 * n_out * n_in**2}, **loop) + numbers(
         n_in**2, 2, kind.n_bytes
+    )
+
+
+def _triangle(n: int) -> float:
+    """Numbers of the upper triangle of n n, as products of some columns at a time make it."""
+    n_whole, rest = divmod(n, _COLUMNS_AT_ONCE)
+    return _COLUMNS_AT_ONCE * (n * n_whole - _COLUMNS_AT_ONCE * n_whole * (n_whole - 1) / 2) + (
+        float(rest) ** 2
     )
 
 

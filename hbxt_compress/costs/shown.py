@@ -16,7 +16,7 @@ from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.source import Source
 from hbxt_compress.stages.batches import PROMPTS_AT_ONCE
 
-__all__ = ["Batches", "Forwards", "ShownModel", "whole"]
+__all__ = ["Batches", "Forwards", "ShownModel", "alive_bytes", "memo_bytes", "whole"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +127,16 @@ class ShownModel:
 def whole(passes: Passes, n_blocks: int) -> Sequence[tuple[Counted, int]]:
     """The pieces of a forward, and how often each is passed."""
     return (passes.head, 1), (passes.block, n_blocks), (passes.tail, 1)
+
+
+def alive_bytes(passes: Passes) -> float:
+    """Of a forward's results that are alive at the same time."""
+    return float(max(passes.head.peak_bytes, passes.block.peak_bytes, passes.tail.peak_bytes))
+
+
+def memo_bytes(passes: Passes) -> float:
+    """stages/memo at its fullest, in bfloat16: what two attentions gave, and the widest input."""
+    return passes.hidden_bytes + max(2.0 * one.n_rows * one.n_in for one in passes.groups)
 
 
 def _chunks(n: int) -> list[int]:

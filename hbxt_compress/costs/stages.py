@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hbxt_compress.algorithms import SAMPLER_REFINERS
 from hbxt_compress.algorithms.gptq import Gptq
@@ -16,7 +16,7 @@ from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.chain import LARGE
 from hbxt_compress.costs.counting import Group, Passes
 from hbxt_compress.costs.rounding import (
-    COMPILED_FROM,
+    EAGER_UP_TO,
     blind_work,
     gptq_bytes,
     gptq_work,
@@ -27,8 +27,9 @@ from hbxt_compress.costs.rounding import (
     statistics_work,
     transform_work,
 )
-from hbxt_compress.costs.shown import Batches, ShownModel, whole
+from hbxt_compress.costs.shown import Batches, ShownModel, alive_bytes, memo_bytes, whole
 from hbxt_compress.costs.work import Work
+from hbxt_compress.formats import FORMATS
 from hbxt_compress.models import Family
 from hbxt_compress.plan import LayerPlan, Plan
 from hbxt_compress.recipe import Recipe
@@ -55,8 +56,8 @@ REFERENCE_CALLS = 6.1e5
 _START_S = 6.1  # `hbxt plan fp16`: imports of torch, diffusers and transformers
 _EXPORT_FIRST_S = 1.0  # `export` of the reference text encoder, less 6.5 ms a call
 _EXPORT_CALL_S = 6.5e-3  # of a traced operation: reference transformer 1139 calls, 7.9 s
-# scales.search_scales, the first and each other one, of int4-g128 for squares and the power 3.5
-_COMPILED_COLD_S, _COMPILED_CACHED_S = (11.0, 14.0), (5.5, 5.5)
+# scales.search_scales of int4: before the first one, and each
+_COMPILED_COLD_S, _COMPILED_CACHED_S = (10.0, 7.0), (3.3, 1.0)
 _GRAPH_BYTES = 165  # of model*.onnx, an operation: the reference model's 2374, 0.39 MB
 BASE_BYTES = 500_000_000  # after those imports
 _EXPORTER_BYTES = 90_000_000  # more after a first export
@@ -116,7 +117,7 @@ def trajectory_cost(model: ShownModel, n: int, n_states: int) -> StageCost:
     for expert, sizes in model.denoised().items():
         for size in set(sizes):
             work += _whole(model, expert, size) * (n * sizes.count(size))
-            peak = max(peak, _alive(model.passes(expert, size)))
+            peak = max(peak, alive_bytes(model.passes(expert, size)))
     kept = n * n_states * math.prod(model.latent) * 4
     work += _stored(kept)
     peak_bytes = BASE_BYTES + 4 * held + peak
@@ -134,7 +135,7 @@ def noise_cost(model: ShownModel, n: int, n_states: int, vae_parameters: int) ->
 
 def quantize_cost(
     recipe: Recipe, plan: Plan, model: ShownModel | None, learnt: tuple[int, int],
-    family: Family, source: Source,
+    family: Family, source: Source, n_cores: int,
 ) -> StageCost:  # fmt: skip
     """stages/quantize. learnt: prompts that statistics are of, and held-out ones."""
     layers = plan.quantized
@@ -147,8 +148,8 @@ def quantize_cost(
     blind = [one for one in layers if one.spec.name not in named]
     work, searches = Work(), {_searched(one) for one in layers if one.how is not None}
     peak, kept = 0.0, float(sum(one.bytes_after for one in layers))
-    for one in blind:
-        work += blind_work(one) + Work.of(move=8 * one.spec.n_weights)
+    for one in blind:  # one layer a core
+        work += (blind_work(one) + Work.of(move=8 * one.spec.n_weights)) * (1 / n_cores)
     pieces: dict[tuple[str, int | None], float] = {}
     for one in blind:
         at = one.spec.component, one.spec.block
@@ -214,10 +215,10 @@ def export_cost(
     sizes = plan.components()
     after = float(sum(one["after"] for one in sizes.values()))
     after += _GRAPH_BYTES * sum(calls.values())
-    before = float(sum(one["before"] for one in sizes.values()))
     seconds = _EXPORT_FIRST_S + _EXPORT_CALL_S * sum(traced.values())
-    # each tensor is read as float32, checked and stored in its format
-    work = _fixed(seconds) + Work.of(move=8 * before) + _stored(after)
+    # what is not quantized is read as float32, checked and stored in its format
+    kept = float(sum(one.bytes_before for one in plan.layers if not one.quantized))
+    work = _fixed(seconds) + Work.of(move=8 * kept) + _stored(after)
     largest = max((one.spec.n_weights for one in plan.layers if one.spec.kind != "embedding"),
                   default=0)  # fmt: skip
     peak = BASE_BYTES + _EXPORTER_BYTES + _CALL_BYTES * max(calls.values(), default=0)
@@ -257,6 +258,7 @@ def _walked(
     work += numbers(bits * n_blocks, 4, 4)
     named = {one.spec.module: one for one in layers}
     firsts = {one.spec.block for one in layers if one.spec.block is not None}
+    large = products == "coarse"
     for block in sorted(firsts):
         own = [one for one in layers if one.spec.block == block]
         work += batches[0].passes.block.work(products)
@@ -267,7 +269,8 @@ def _walked(
                 covariance = "covariance" in needs
                 for batch in batches:
                     seen: Group = batch.passes.groups[i]
-                    work += seen.before.work(products) * (2 * batch.n)
+                    before = replace(seen.before, flops=0.0) if large else seen.before  # a Memo's
+                    work += before.work(products) * (2 * batch.n)
                     rows = batch.n * seen.n_rows * (batch.share if seen.n_rows else 1.0)
                     work += statistics_work(
                         rows, seen.n_in, products=products, covariance=covariance
@@ -285,14 +288,20 @@ def _walked(
                 elif one.how is not None:
                     work += blind_work(one)
                 work += numbers(one.spec.n_weights, _DECODE_PASSES, 4)
-        work += _mixed(recipe, own, model, component, block, batches, products)
+        mixed = _mixed(recipe, own, model, component, block, batches, products)
+        if large and mixed.amounts:  # what the full model ran is run again without the mixing
+            for batch in batches:
+                work += batch.passes.groups[-1].before.work(products) * batch.n
+        work += mixed
     states = sum(4 * one.n * one.passes.hidden_bytes for one in batches)
-    shared = sum(2 * one.n * one.passes.shared_bytes for one in batches)
-    passing = max(_alive(one.passes) for one in batches)
+    # Steps and prompts recur, and each is held once: as many at most as one of the branches has
+    shared = sum(one.n * one.passes.shared_bytes for one in batches)
+    memo = sum(2 * one.n * memo_bytes(one.passes) for one in batches) if large else 0.0
+    passing = max(alive_bytes(one.passes) for one in batches)
     loose = max(0.0, parameters - bits * n_blocks)
     tables = _table_parameters(model, component)
     each = 4.0 if products == "coarse" else 8.0  # bytes of a weight in both models
-    held = each * bits + 8.0 * max(0.0, loose - tables) + states + shared
+    held = each * bits + 8.0 * max(0.0, loose - tables) + states + shared + memo
     block_payload = _PAYLOAD_BYTES * bits
     return work, held + block_payload + max(passing, rounding_peak, stats_peak)
 
@@ -344,10 +353,6 @@ def _whole(model: ShownModel, component: str, n: int) -> Work:
     return work
 
 
-def _alive(passes: Passes) -> float:
-    return float(max(passes.head.peak_bytes, passes.block.peak_bytes, passes.tail.peak_bytes))
-
-
 def _n_blocks(model: ShownModel, component: str) -> int:
     specs = model.family.layers(model.source)
     return len({s.block for s in specs if s.component == component and s.block is not None})
@@ -372,13 +377,9 @@ def _table_parameters(model: ShownModel, component: str) -> float:
 
 
 def _searched(layer: LayerPlan) -> tuple[object, ...]:
-    """What code its scale search compiles; () if it is too small to be compiled."""
-    from hbxt_compress.formats import FORMATS
-
-    rows = layer.spec.n_weights
-    if isinstance(layer.how, Gptq):
-        rows = min(layer.spec.shape[0], 2048) * (layer.spec.n_weights // layer.spec.shape[0])
-    if rows < COMPILED_FROM or getattr(layer.how, "search", "") == "none":
+    """What code its scale search compiles; () if it has too few inputs to be compiled."""
+    n_in = layer.spec.n_weights // layer.spec.shape[0]
+    if n_in <= EAGER_UP_TO or getattr(layer.how, "search", "") == "none":
         return ()
     fmt, weighted = FORMATS[layer.weights], layer.how is not None and layer.how.need is not None
     return (*fmt.n_levels, fmt.asymmetric, getattr(layer.how, "norm", 2.0), weighted)
