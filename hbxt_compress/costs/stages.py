@@ -329,7 +329,9 @@ def _mixed(
                 if module in ends:
                     seen = batch.passes.groups[i]
                     rows = n * seen.n_rows * batch.share
-                    work += statistics_work(rows, seen.n_in, products=products, covariance=True)
+                    work += statistics_work(
+                        rows, seen.n_in, products=products, covariance=True, cross=False
+                    )
     return work
 
 

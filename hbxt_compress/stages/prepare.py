@@ -78,7 +78,8 @@ def mix(
     if not joined:
         return chosen
     ends = [end for pair, _ in joined for end in (pair.first, pair.second)]
-    inputs = sides.inputs(station.piece, list(dict.fromkeys(ends)), "covariance", thin=THIN)
+    modules = list(dict.fromkeys(ends))
+    inputs = sides.inputs(station.piece, modules, "covariance", thin=THIN, cross=False)
     for pair, makers in joined:
         first, second = (layer_at(sides.full.module, path) for path in (pair.first, pair.second))
         fmts = FORMATS[planned[pair.first].weights], FORMATS[planned[pair.second].weights]

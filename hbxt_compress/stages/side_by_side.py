@@ -118,13 +118,20 @@ class SideBySide:
         return [members for _, members in groups]
 
     def inputs(
-        self, piece: str, modules: Sequence[str], need: Need, *, thin: int = 1
+        self,
+        piece: str,
+        modules: Sequence[str],
+        need: Need,
+        *,
+        thin: int = 1,
+        cross: bool = True,
     ) -> dict[str, LayerInputs]:
         """What modules of a piece are given at every batch, in both models; one run a batch.
 
         Of a large model the runs for one module alone are gone on with by the next: of what was
         called before it no weight may change until `advance` or `begin_anew`.
         thin: of the batches to learn from only every so many are run; all of the held-out ones are.
+        cross: whether covariances have E[x y^T] beside them.
 
         Raises:
             CalibrationError: an input is not finite.
@@ -136,7 +143,7 @@ class SideBySide:
             for place in filter(self._ranks.owns, chosen):
                 batch, rows = self._rows(piece, modules, place)
                 if not begun:
-                    self._begin(found, need, chosen[0], held_out, rows)
+                    self._begin(found, (need, cross), chosen[0], held_out, rows)
                     begun = True
                 for module, (x, y) in rows.items():
                     sums = found[module][held_out and x.shape[-1] <= WIDEST]
@@ -149,7 +156,7 @@ class SideBySide:
                             f"{module}: {error}; no statistics can be had"
                         ) from None
             if not begun:
-                self._begin(found, need, chosen[0], held_out, None)
+                self._begin(found, (need, cross), chosen[0], held_out, None)
         return {module: self._inputs(module, sides) for module, sides in found.items()}
 
     def _chosen(self, held_out: bool, thin: int) -> list[int]:
@@ -163,7 +170,7 @@ class SideBySide:
     def _begin(
         self,
         found: Mapping[str, dict[bool, _Sums]],
-        need: Need,
+        wanted: tuple[Need, bool],
         place: int,
         held_out: bool,
         rows: Mapping[str, tuple[Tensor, Tensor]] | None,
@@ -175,7 +182,7 @@ class SideBySide:
             side = held_out and len(shift_I) <= WIDEST
             if side not in found[module]:
                 device = layer_at(self.full.module, module).weight.device
-                stats = LayerStats.empty(len(shift_I), need, device)
+                stats = LayerStats.empty(len(shift_I), wanted[0], device, cross=wanted[1])
                 stats.shift_I = shift_I.to(device)
                 found[module][side] = _Sums(stats=stats)
 

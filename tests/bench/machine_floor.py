@@ -30,7 +30,7 @@ _LAYERS_OI = ((1536, 1536), (8960, 1536), (3072, 3072), (14336, 3072))  # of 1.3
 _TOKENS = 256
 _DTYPES = (torch.float32, torch.bfloat16)
 _FILE_BYTES = 1 << 28
-_SEARCHED_OI = (64, 3072)
+_SEARCHED_OI = (1364, 3072)  # four chunks of search_scales, for all cores
 _FORMAT = "int4-g128"
 _LEAST_S, _LEAST_CALLS = 0.4, 5  # of a measurement: fewer are at the scheduler's mercy
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ _DEFAULT_NORM = 2.0  # of a scale search whose rounder names none
 log = logging.getLogger("bench")
 
 Row = dict[str, Any]
+Layer = Mapping[str, Any]
 Document = Mapping[str, Any]
 
 
@@ -117,13 +118,17 @@ def least_work(
     """What a run of a plan (`hbxt plan --json`) cannot do without.
 
     artifact_bytes: None: what the plan says. A calibrated recipe multiplies every parameter of the
-    transformer with every token, at each step of each prompt and for both guidance branches.
+    transformer with every token, at each step of each prompt and for both guidance branches; it
+    rounds with error feedback, once a layer, by a covariance and its factor, once an input.
     """
     searched: Counter[float] = Counter()
+    fed: list[Layer] = []
     for layer in planned["layers"]:
         if layer["weights"] not in FULL_PRECISION:
             how = recipe.rules[layer["rule"]].round or recipe.round
             searched[getattr(how, "norm", _DEFAULT_NORM)] += math.prod(layer["shape"])
+            if how is not None and how.need == "covariance":
+                fed.append(layer)
     if artifact_bytes is None:
         artifact_bytes = sum(sizes["after"] for sizes in planned["components"].values())
     read = sum((source.folder / name).stat().st_size for name in source.files)
@@ -132,7 +137,7 @@ def least_work(
         hashed_bytes=read + artifact_bytes,
         written_bytes=artifact_bytes,
         searched=searched,
-        flops=_calibration_flops(planned, source),
+        flops=_calibration_flops(planned, source, fed),
     )
 
 
@@ -142,15 +147,26 @@ def _calibrated(recipe: Recipe) -> bool:
     return bool(recipe.budget or recipe.prepare or recipe.refine or needs)
 
 
-def _calibration_flops(planned: Document, source: Source) -> float:
-    """Of the passes of both models, the full and the half quantized one; 0 without calibration."""
+def _calibration_flops(planned: Document, source: Source, fed: Sequence[Layer]) -> float:
+    """Of the passes of both models, the full and the half quantized one, and of rounding `fed`.
+
+    0 without calibration. Covariances and feedback fill triangles; layers of one name but for its
+    last part may share an input, and count as if they did.
+    """
     shown = planned.get("calibration")
     if shown is None:
         return 0.0
     family = Wan()
     branches = 1 if family.sampler(source).guidance == 1.0 else 2
     tokens = shown["n"] * shown["n_states"] * shown["n_tokens"] * branches
-    return 2 * 2.0 * family.parameters(source)["transformer"] * tokens
+    flops = 2 * 2.0 * family.parameters(source)["transformer"] * tokens
+    widths: dict[tuple[str, int], float] = {}
+    for layer in fed:
+        n_out, n_in = layer["shape"][0], math.prod(layer["shape"][1:])
+        flops += float(n_out) * n_in**2
+        if layer["name"].startswith("transformer"):
+            widths[layer["name"].rpartition(".")[0], n_in] = tokens * n_in**2 + n_in**3 / 3
+    return flops + sum(widths.values())
 
 
 def prediction(planned: Document) -> dict[str, float] | None:

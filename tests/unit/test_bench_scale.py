@@ -133,7 +133,15 @@ def test_least_work_counts_every_byte_and_weight_once(tmp_path: Path) -> None:
     assert calibrated.searched == {2.0: fast.searched[3.5]}
     tokens = 3 * 2 * 32 * 2  # prompts, states, tokens of each, branches
     n_weights = sum(map(math.prod, Checkpoint(transformer="tiny").shapes()["transformer"].values()))
-    assert calibrated.flops == 2 * 2 * n_weights * tokens  # two models
+    passes = 2 * 2 * n_weights * tokens  # two models
+    shapes = {one.spec.name: one.spec.shape for one in found["tiny"][1].quantized}
+    fed = sum(n_out * n_in**2 for n_out, n_in in shapes.values())
+    inputs = {(name.rpartition(".")[0], n_in) for name, (_, n_in) in shapes.items()}
+    own = sum(
+        tokens * n_in**2 + n_in**3 / 3 for name, n_in in inputs if name.startswith("transformer")
+    )
+    assert math.isclose(calibrated.flops, passes + fed + own)
+    assert own > 0
 
 
 def test_a_prediction_is_taken_where_the_plan_has_one() -> None:
