@@ -143,8 +143,7 @@ def stage_costs(
     is an --out. known_bytes: of files that need not be hashed again.
     """
     family = family_of(source)
-    n_cores = os.cpu_count() or 1
-    costs = [read_cost(source, n_cores, known_bytes)]
+    costs = [read_cost(source, os.cpu_count() or 1, known_bytes)]
     model = None
     learnt = (0, 0)
     if prompts is not None and plan.shown is not None:
@@ -161,7 +160,7 @@ def stage_costs(
             choices: Sequence[Choice] = open_choices(recipe, family.layers(source))
             costs.append(probe_cost(model, choices, n))
     if plan.quantized:
-        costs.append(quantize_cost(recipe, plan, model, learnt, family, source, n_cores))
+        costs.append(quantize_cost(recipe, plan, model, learnt, family, source))
         if plan.refine and model is not None:
             n_learnt = plan.shown.n - learnt[1] if plan.shown is not None else 0
             own = (n_learnt, learnt[1])

@@ -37,9 +37,10 @@ _LEAST_S, _LEAST_CALLS = 0.2, 3  # of a measurement: fewer are at the scheduler'
 _BLOCK_BYTES = 1 << 24
 _DISK_BYTES = 1 << 27
 _MOST_AGE_S = 7 * 24 * 3600  # of remembered rates: machines get other neighbours
-# Weights a second of the compiled search against those of the eager one for squares (6.0 million),
-# int4-g128 on one thread of an AVX-512 processor: 70 million for squares, 72 for the power 3.5.
-_COMPILED: Final = {"search": 11.6, "search_power": 12.0}
+# Weights that the compiled search passes for each operation of a float32 product, which also keeps
+# all cores' arithmetic busy: int4-g128, 70 million a second and core of an AVX-512 processor, where
+# products take 175 GFLOP/s a core; for squares and for the power 3.5 alike.
+_COMPILED_SEARCH: Final = 4.0e-4
 _SEARCHED_OI, _PRODUCT_TIO, _DOUBLE_TIO = (192, 1024), (512, 1536, 1536), (256, 1024, 1024)
 _FACTORED, _FACTORED_64 = 2048, 1024  # columns
 _ROWS_FED, _COLUMNS_FED = (128, 2048), 512
@@ -88,11 +89,10 @@ def measure_rates(folder: Path) -> Rates:
         "float64": product_rate(*_DOUBLE_TIO, torch.float64),
         "factor32": _factored(_FACTORED, torch.float32),
         "factor64": _factored(_FACTORED_64, torch.float64),
-        "search_eager": _searched(2.0),
+        "search_eager": _searched(),
         "second": 1.0,
     }
-    found["search"] = _COMPILED["search"] * found["search_eager"]
-    found["search_power"] = _COMPILED["search_power"] * found["search_eager"]
+    found["search"] = _COMPILED_SEARCH * found["float32"]
     found |= _columns(found["float32"])
     return Rates(
         machine=_machine(),
@@ -190,9 +190,9 @@ def _factored(n: int, dtype: torch.dtype) -> float:
     return n**3 / 3 / fastest_s(lambda: torch.linalg.cholesky_ex(matrix))
 
 
-def _searched(norm: float) -> float:
+def _searched() -> float:
     weight_OI = _drawn(*_SEARCHED_OI)
-    seconds = fastest_s(lambda: search_scales(weight_OI, FORMATS[_FORMAT], norm=norm))
+    seconds = fastest_s(lambda: search_scales(weight_OI, FORMATS[_FORMAT]))
     return weight_OI.numel() / seconds
 
 

@@ -79,11 +79,11 @@ def numbers(n: float, passes: float, n_bytes: int) -> Work:
     return Work.of(move=2 * moved, fresh=moved if n * n_bytes > REUSED_BYTES else 0.0)
 
 
-def search_work(n_weights: float, n_in: int, norm: float = 2.0) -> Work:
+def search_work(n_weights: float, n_in: int) -> Work:
     """scales.search_scales of one weight."""
     if n_in <= EAGER_UP_TO:
         return Work.of(search_eager=n_weights)
-    return Work.of(**{"search" if norm == 2.0 else "search_power": n_weights})
+    return Work.of(search=n_weights)
 
 
 def blind_work(layer: LayerPlan) -> Work:
@@ -92,8 +92,7 @@ def blind_work(layer: LayerPlan) -> Work:
     work = Work.of(move=_NEAREST_BYTES * n, call=200)
     if getattr(how, "search", "mse") == "none":
         return work
-    norm, n_in = float(getattr(how, "norm", 2.0)), n // layer.spec.shape[0]
-    return work + search_work(n, n_in, norm)
+    return work + search_work(n, n // layer.spec.shape[0])
 
 
 def statistics_work(

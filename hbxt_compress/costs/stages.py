@@ -135,7 +135,7 @@ def noise_cost(model: ShownModel, n: int, n_states: int, vae_parameters: int) ->
 
 def quantize_cost(
     recipe: Recipe, plan: Plan, model: ShownModel | None, learnt: tuple[int, int],
-    family: Family, source: Source, n_cores: int,
+    family: Family, source: Source,
 ) -> StageCost:  # fmt: skip
     """stages/quantize. learnt: prompts that statistics are of, and held-out ones."""
     layers = plan.quantized
@@ -148,8 +148,8 @@ def quantize_cost(
     blind = [one for one in layers if one.spec.name not in named]
     work, searches = Work(), {_searched(one) for one in layers if one.how is not None}
     peak, kept = 0.0, float(sum(one.bytes_after for one in layers))
-    for one in blind:  # one layer a core
-        work += (blind_work(one) + Work.of(move=8 * one.spec.n_weights)) * (1 / n_cores)
+    for one in blind:
+        work += blind_work(one) + Work.of(move=8 * one.spec.n_weights)
     pieces: dict[tuple[str, int | None], float] = {}
     for one in blind:
         at = one.spec.component, one.spec.block

@@ -24,8 +24,7 @@ Kind = Literal[
     "float64",
     "factor32",  # operations of Cholesky factors, and of triangular systems (algorithms/feedback)
     "factor64",
-    "search",  # weights whose scales are searched by compiled code (algorithms/scales), squares
-    "search_power",  # the same for another power of the error
+    "search",  # weights whose scales are searched by compiled code (algorithms/scales)
     "search_eager",  # weights searched without compiled code
     "feed_column",  # columns of error feedback (algorithms/feedback), whatever the rows
     "feed_number",  # columns times rows of it, float32; in float64 each counts twice
