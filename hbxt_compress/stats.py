@@ -10,15 +10,16 @@ would be 0.8 GB. A few rows are kept as they are, for errors that no sum tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 __all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need", "mirror", "quadratic"]
 
+T = TypeVar("T")
 Need = Literal["moments", "covariance"]
 """moments: means, squares and largest values. covariance: also E[y y^T] and E[x y^T]."""
 
@@ -267,12 +268,22 @@ class LayerInputs:
     """What a rounder may know of a layer's inputs.
 
     fit: rows to learn from. held_out: rows of other prompts, to choose with; None if there are too
-    few prompts. takes_bias: the layer has a bias, so a constant error costs nothing.
+    few prompts. takes_bias: the layer has a bias, so a constant error costs nothing. derived: what
+    rounders have made of these statistics, by a key of theirs, for other layers of the same input.
     """
 
     fit: LayerStats
     held_out: LayerStats | None
     takes_bias: bool
+    derived: dict[object, Any] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )  # init=False: other statistics in a copy begin with nothing
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returned when it was first asked for by this key, or returns now."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        return cast(T, self.derived[key])
 
     def without_products(self) -> LayerInputs:
         """The same without covariances, which are costly to transform."""
@@ -282,6 +293,12 @@ class LayerInputs:
         ]
         assert sides[0] is not None
         return replace(self, fit=sides[0], held_out=sides[1])
+
+    def of_layer(self, *, takes_bias: bool) -> LayerInputs:
+        """The same for a layer that has a bias or none; all such share what is derived."""
+        own = replace(self, takes_bias=takes_bias)
+        object.__setattr__(own, "derived", self.derived)
+        return own
 
     def everything(self) -> LayerStats:
         """Both sets of rows together."""

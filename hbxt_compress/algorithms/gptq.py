@@ -101,16 +101,29 @@ class Gptq(Settings):
         blind = inputs.fit.products_xy_II is None
         damping, alternations = _middle(self.damping), 0
         share = 0.0 if blind else _middle(self.correct)
-        if inputs.held_out is not None and inputs.held_out.weight > 0:
-            fit = Moments.of(inputs.fit, centred=inputs.takes_bias)
-            judge = Judge(fit=fit, held_out=inputs.held_out)
-            problem, share = self._choose(weight_OI, fit, judge, fmt)
+        centred, held_out = inputs.takes_bias, inputs.held_out
+        if held_out is not None and held_out.weight > 0:
+            judge = inputs.once(
+                ("judge", centred),
+                lambda: Judge(fit=Moments.of(inputs.fit, centred=centred), held_out=held_out),
+            )
+            problem, share = self._choose(weight_OI, inputs, judge, fmt)
             damping = problem.damping
             if fmt.rank:
                 target_OI = problem.target(weight_OI, share)
                 alternations = self._alternations(weight_OI, target_OI, problem, judge, fmt)
-        moments = Moments.of(inputs.everything(), centred=inputs.takes_bias)
-        problem = moments.problem(damping, self.order, spent=True)
+        if blind:  # so wide that no layer shares its input
+            moments = Moments.of(inputs.everything(), centred=centred)
+            problem = moments.problem(damping, self.order, spent=True)
+        else:
+            everything = inputs.once("everything", inputs.everything)
+            moments = inputs.once(
+                ("moments", centred), lambda: Moments.of(everything, centred=centred)
+            )
+            problem = inputs.once(
+                ("problem", centred, damping, self.order),
+                lambda: moments.problem(damping, self.order),
+            )
         target_OI = problem.target(weight_OI, share)
         attempts = self._attempts(target_OI, problem, fmt, self.polish)
         best = next(attempts)
@@ -135,7 +148,7 @@ class Gptq(Settings):
         return Rounded(payload=payload, shift_O=shift_O, target_OI=corrected_OI, notes=notes)
 
     def _choose(
-        self, weight_OI: Tensor, fit: Moments, judge: Judge, fmt: WeightFormat
+        self, weight_OI: Tensor, inputs: LayerInputs, judge: Judge, fmt: WeightFormat
     ) -> tuple[Problem, float]:
         """Damping and correction, each best given the other, starting from the middle ones.
 
@@ -143,7 +156,14 @@ class Gptq(Settings):
         """
         rows = torch.linspace(0, len(weight_OI) - 1, min(len(weight_OI), _JUDGED_ROWS)).long()
         some_OI = weight_OI[rows]
-        problems = [fit.problem(damping, self.order) for damping in sorted(self.damping)]
+        fit = judge.fit
+        problems = [
+            inputs.once(
+                ("problem of fit", inputs.takes_bias, damping, self.order),
+                lambda damping=damping: fit.problem(damping, self.order),  # type: ignore[misc]
+            )
+            for damping in sorted(self.damping)
+        ]
         shares = [0.0] if fit.cross_II is None else sorted(self.correct)
         i, before = len(problems) // 2, None
         j = len(shares) // 2

@@ -157,7 +157,7 @@ class Judge:
     """Compares roundings on rows that nothing was fitted to."""
 
     def __init__(self, *, fit: Moments, held_out: LayerStats) -> None:
-        self._fit = fit
+        self.fit = fit
         self._hessian_II = held_out.hessian(centred=fit.centred)
         self._cross_II = held_out.cross(centred=fit.centred)
         self._mean_x_I, self._mean_y_I = held_out.mean_x_I, held_out.mean_y_I
@@ -167,9 +167,9 @@ class Judge:
         weight_OI, rounded_OI = (one.to(self._hessian_II) for one in (weight_OI, rounded_OI))
         loss = quadratic(rounded_OI, self._hessian_II).sum()
         loss -= 2 * (weight_OI @ self._cross_II * rounded_OI).sum()
-        if self._fit.centred:
+        if self.fit.centred:
             rest_O = weight_OI.double() @ self._mean_x_I - rounded_OI.double() @ self._mean_y_I
-            loss += (rest_O - self._fit.shift(weight_OI, rounded_OI)).square().sum()
+            loss += (rest_O - self.fit.shift(weight_OI, rounded_OI)).square().sum()
         return float(loss)
 
 

@@ -1,4 +1,4 @@
-"""How exactly statistics of large components are summed: as coarsely as their blocks multiply."""
+"""How exactly statistics and losses of large components are summed: as their blocks multiply."""
 
 from __future__ import annotations
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from types import MappingProxyType
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ from hbxt_compress.algorithms import AnyPreparer
 from hbxt_compress.algorithms.choose import IDENTITY
 from hbxt_compress.algorithms.diagnose import measure
 from hbxt_compress.algorithms.transform import Transform
-from hbxt_compress.chain import layer_at
+from hbxt_compress.chain import Chain, layer_at
 from hbxt_compress.errors import CalibrationError, SourceError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.layers import LayerName, Pair
@@ -34,6 +31,7 @@ from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.source import Source
 from hbxt_compress.stages.by_rows import activation_payload, round_blindly
 from hbxt_compress.stages.prepare import Kept, input_transform, mix
+from hbxt_compress.stages.products import products_for
 from hbxt_compress.stages.side_by_side import HEAD
 from hbxt_compress.stages.tables import TABLES, use_tables
 from hbxt_compress.stages.walk import Station, members, set_weights, walk
@@ -46,8 +44,6 @@ __all__ = ["FACTS", "VERSION", "quantize"]
 VERSION = 6
 FACTS = ("torch",)
 log = logging.getLogger(__name__)
-_IDENTITY: Final = Transform()
-_NONE: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def quantize(
@@ -174,9 +170,11 @@ def _piece(
             layer, member = layer_at(sides.full.module, module), planned[module]
             notes = {"mixed": mixed[module]} if module in mixed else {}
             notes |= {} if transform.is_identity else {"input": how}
-            seen = inputs and replace(inputs, takes_bias=layer.bias is not None)
+            seen = inputs and inputs.of_layer(takes_bias=layer.bias is not None)
             weight_OI = layer.weight.detach().flatten(1).float()
-            tasks.append(partial(_round, weight_OI, layer.bias, seen, member, transform, notes))
+            tasks.append(
+                partial(_round, weight_OI, layer.bias, seen, member, transform, notes, sides.full)
+            )
         names = [planned[module].spec.name for module in group]
         done |= zip(names, ranks.spread(tasks), strict=True)
         set_weights(sides.half.module, station.component, done)
@@ -190,10 +188,11 @@ def _round(
     bias_O: Tensor | None,
     inputs: LayerInputs | None,
     member: LayerPlan,
-    transform: Transform = _IDENTITY,
-    notes: Mapping[str, str] = _NONE,
+    transform: Transform,
+    notes: Mapping[str, str],
+    chain: Chain,
 ) -> QuantizedWeight:
-    """One layer in its format. bias_O: its own bias, which goes with the rounded weight."""
+    """One layer of a chain in its format. bias_O: its own, which goes with the rounded weight."""
     fmt, how, name = FORMATS[member.weights], member.how, member.spec.name
     assert how is not None  # the plan refuses quantized formats without a rounder
     seen = inputs if inputs is None else transform.inputs(inputs)
@@ -206,12 +205,14 @@ def _round(
         bias_O = (0 if bias_O is None else bias_O.detach().float()) + rounded.shift_O
     n_bits = 8 * fmt.bytes(member.spec.shape) / weight_OI.numel()
     decoded_OI = fmt.decode(rounded.payload)
+    with products_for(chain):
+        loss = measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits, rounded.target_OI)
     payload = {**rounded.payload, **transform.payload(), **activation_payload(member, seen)}
     return QuantizedWeight(
         format=fmt.name,
         payload={key: tensor.cpu() for key, tensor in payload.items()},
         shape=member.spec.shape,
-        loss=measure(weight_OI, decoded_OI, rounded.shift_O, seen, n_bits, rounded.target_OI),
+        loss=loss,
         bias_O=None if bias_O is None else bias_O.detach().float().clone().cpu(),
         notes={**rounded.notes, **notes},
     )

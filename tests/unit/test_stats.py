@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,3 +118,12 @@ def test_many_inputs_are_summed_in_float32_and_still_add_up() -> None:
     assert wide.products_xy_II is None
     with pytest.raises(ValueError, match="without products"):
         wide.cross(centred=True)
+
+
+def test_layers_of_one_input_share_what_is_derived_and_other_statistics_do_not() -> None:
+    inputs = LayerInputs(fit=_filled(*_pairs(8)), held_out=None, takes_bias=True)
+    other = inputs.of_layer(takes_bias=False)
+    made = inputs.once("key", object)
+    assert other.once("key", object) is inputs.once("key", object) is made
+    assert not other.takes_bias
+    assert not replace(inputs, fit=_filled(*_pairs(8))).derived
