@@ -58,6 +58,8 @@ def transformer_batches(
     indices = list(range(len(trajectories)))
     chunks = [*_chunks(indices[:least]), *_chunks(indices[least:])]
     for chunk in chunks:
+        own = [torch.cat([texts[i][side] for i in chunk]) for side in (0, 1)]
+        none = [texts[-1][side].expand(len(chunk), -1, -1) for side in (0, 1)]
         for k, t in enumerate(trajectories[0].timesteps_K.tolist()):
             if sampler.second_expert(t) != second:
                 continue
@@ -65,13 +67,9 @@ def transformer_batches(
             latents = torch.stack([trajectories[i].latents_KCTHW[k] for i in chunk])
             timestep = torch.full((len(chunk),), t)
             total = guidance**2 + (guidance - 1) ** 2
-            for conditioned, factor in ((True, guidance), (False, guidance - 1)):
+            for sides, factor in ((own, guidance), (none, guidance - 1)):
                 if factor == 0:
                     continue
-                sides = [
-                    torch.cat([texts[i if conditioned else -1][side] for i in chunk])
-                    for side in (0, 1)
-                ]
                 batches.append(
                     Batch(
                         full=(latents, timestep, sides[0]),

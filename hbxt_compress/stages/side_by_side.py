@@ -261,11 +261,16 @@ class SideBySide:
 
 
 def _shared(carry: Carry, known: list[Tensor]) -> Carry:
-    """The same; of arguments that equal a known one, such as a prompt's text, that one is held."""
+    """The same; of arguments that equal a known one, such as a prompt's text, that one is held.
+
+    What is one timestep's for every token is held for one token.
+    """
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.dim() > 2 and torch.equal(value, value[:, :1].expand_as(value)):
+            value = value[:, :1].clone().expand_as(value)
         for other in known:
             if other.shape == value.shape and torch.equal(other, value):
                 return other
