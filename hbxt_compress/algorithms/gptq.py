@@ -112,7 +112,7 @@ class Gptq(Settings):
             if fmt.rank:
                 target_OI = problem.target(weight_OI, share)
                 alternations = self._alternations(weight_OI, target_OI, problem, judge, fmt)
-        if blind:  # so wide that no layer shares its input
+        if blind:  # matrices of 0.8 GB are not kept for another layer of the same input
             moments = Moments.of(inputs.everything(), centred=centred)
             problem = moments.problem(damping, self.order, spent=True)
         else:

@@ -246,7 +246,7 @@ def _compile(how: _Search, weighted: bool) -> Find | None:
     """The search in compiled code; None, with a warning, where there is no compiler for it."""
     exactly: dict[str, str | int | bool | Callable[..., object]] = {
         "emulate_precision_casts": True,  # or rounding to float16 is optimised away
-        "cpp_wrapper": True,
+        "cpp_wrapper": True,  # or it holds Python's lock, and layers wait for each other
     }
     compiled = torch.compile(how.nearest, options=exactly)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)

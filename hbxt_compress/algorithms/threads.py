@@ -1,4 +1,4 @@
-"""Many small steps on rows that have nothing to do with each other: each core takes its own rows.
+"""Layers, or rows, that have nothing to do with each other: each core takes its own.
 
 A step on a few thousand numbers is too short to be shared between cores; whole loops of them are
 not, and torch lets go of Python's lock in each.

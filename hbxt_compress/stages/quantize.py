@@ -22,7 +22,6 @@ from hbxt_compress.algorithms.transform import Transform
 from hbxt_compress.chain import Chain, layer_at
 from hbxt_compress.errors import CalibrationError, SourceError, listing
 from hbxt_compress.formats import FORMATS
-from hbxt_compress.heap import give_back
 from hbxt_compress.layers import LayerName, Pair
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of
@@ -159,30 +158,43 @@ def _piece(
     kept = Kept()
     mixed = mix(station, pairs, planned, prepare, kept, ranks)
     for group in sides.groups(station.piece, list(planned)):
-        needs = {planned[module].need for module in group} - {None}
-        inputs, how, transform = None, IDENTITY, Transform()
-        if needs:
-            need: Need = "covariance" if "covariance" in needs else "moments"
-            inputs = sides.inputs(station.piece, group[:1], need)[group[0]]
-            give_back()
-            choose = partial(input_transform, station, group, planned, inputs, prepare)
-            how, transform = ranks.by_first(choose)
-        tasks = []
-        for module in group:
-            layer, member = layer_at(sides.full.module, module), planned[module]
-            notes = {"mixed": mixed[module]} if module in mixed else {}
-            notes |= {} if transform.is_identity else {"input": how}
-            seen = inputs and inputs.of_layer(takes_bias=layer.bias is not None)
-            weight_OI = layer.weight.detach().flatten(1).float()
-            tasks.append(
-                partial(_round, weight_OI, layer.bias, seen, member, transform, notes, sides.full)
-            )
-        names = [planned[module].spec.name for module in group]
-        done |= zip(names, ranks.spread(tasks), strict=True)
-        set_weights(sides.half.module, station.component, done)
+        rounded = _group(station, group, planned, prepare, mixed, ranks)
+        set_weights(sides.half.module, station.component, rounded)
+        done |= rounded
     if kept.restore():
         sides.begin_anew(sides.full)
     return done
+
+
+def _group(
+    station: Station,
+    group: Sequence[str],
+    planned: Mapping[str, LayerPlan],
+    prepare: Sequence[AnyPreparer],
+    mixed: Mapping[str, str],
+    ranks: Ranks,
+) -> dict[LayerName, QuantizedWeight]:
+    """The rounded weights of one input's layers; its statistics are gone before the next ones."""
+    sides = station.sides
+    needs = {planned[module].need for module in group} - {None}
+    inputs, how, transform = None, IDENTITY, Transform()
+    if needs:
+        need: Need = "covariance" if "covariance" in needs else "moments"
+        inputs = sides.inputs(station.piece, group[:1], need)[group[0]]
+        choose = partial(input_transform, station, group, planned, inputs, prepare)
+        how, transform = ranks.by_first(choose)
+    tasks = []
+    for module in group:
+        layer, member = layer_at(sides.full.module, module), planned[module]
+        notes = {"mixed": mixed[module]} if module in mixed else {}
+        notes |= {} if transform.is_identity else {"input": how}
+        seen = inputs and inputs.of_layer(takes_bias=layer.bias is not None)
+        weight_OI = layer.weight.detach().flatten(1).float()
+        tasks.append(
+            partial(_round, weight_OI, layer.bias, seen, member, transform, notes, sides.full)
+        )
+    names = [planned[module].spec.name for module in group]
+    return dict(zip(names, ranks.spread(tasks), strict=True))
 
 
 def _round(

@@ -7,8 +7,9 @@ boundary are kept and, inside a block of a large model, what its modules gave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,13 +138,14 @@ class SideBySide:
             CalibrationError: an input is not finite.
         """
         found: dict[str, dict[bool, _Sums]] = {module: {} for module in modules}
+        empty = partial(LayerStats.empty, need=need, cross=cross)
         for held_out in (False, True):
             chosen = self._chosen(held_out, thin)
             begun = not chosen
             for place in filter(self._ranks.owns, chosen):
                 batch, rows = self._rows(piece, modules, place)
                 if not begun:
-                    self._begin(found, (need, cross), chosen[0], held_out, rows)
+                    self._begin(found, empty, chosen[0], held_out, rows)
                     begun = True
                 for module, (x, y) in rows.items():
                     sums = found[module][held_out and x.shape[-1] <= WIDEST]
@@ -156,7 +158,7 @@ class SideBySide:
                             f"{module}: {error}; no statistics can be had"
                         ) from None
             if not begun:
-                self._begin(found, (need, cross), chosen[0], held_out, None)
+                self._begin(found, empty, chosen[0], held_out, None)
         return {module: self._inputs(module, sides) for module, sides in found.items()}
 
     def _chosen(self, held_out: bool, thin: int) -> list[int]:
@@ -170,7 +172,7 @@ class SideBySide:
     def _begin(
         self,
         found: Mapping[str, dict[bool, _Sums]],
-        wanted: tuple[Need, bool],
+        empty: Callable[..., LayerStats],
         place: int,
         held_out: bool,
         rows: Mapping[str, tuple[Tensor, Tensor]] | None,
@@ -182,7 +184,7 @@ class SideBySide:
             side = held_out and len(shift_I) <= WIDEST
             if side not in found[module]:
                 device = layer_at(self.full.module, module).weight.device
-                stats = LayerStats.empty(len(shift_I), wanted[0], device, cross=wanted[1])
+                stats = empty(len(shift_I), device=device)
                 stats.shift_I = shift_I.to(device)
                 found[module][side] = _Sums(stats=stats)
 
