@@ -22,7 +22,7 @@ __all__ = ["Rtn"]
 class Rtn(Settings):
     """Round to nearest."""
 
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
 
     search: Literal["none", "mse", "weighted"] = "mse"
     """How scales are chosen: from each group's range alone, by least error of the weights, or by

@@ -41,7 +41,7 @@ from hbxt_compress.trajectories import Trajectory, load_trajectories
 
 __all__ = ["FACTS", "VERSION", "quantize"]
 
-VERSION = 6
+VERSION = 7
 FACTS = ("torch",)
 log = logging.getLogger(__name__)
 
