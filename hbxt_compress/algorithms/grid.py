@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hbxt_compress.formats.levels import nearest, value
@@ -32,3 +33,9 @@ class Grid:
     def value(self, levels_OI: Tensor) -> Tensor:
         """The float32 weight that levels stand for."""
         return value(levels_OI, self.scales_OG, self.zeros_OG)
+
+    def columns(self, index_I: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of some input columns (for rounders that go by columns), O and as many columns as the index names."""
+        group_I = torch.div(index_I, self.group, rounding_mode="floor")
+        zeros_OG = self.zeros_OG
+        return self.scales_OG[:, group_I], None if zeros_OG is None else zeros_OG[:, group_I]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hbxt_compress.algorithms.grid import Grid
 from hbxt_compress.stats import LayerInputs, LayerStats
 
 
@@ -64,10 +63,3 @@ def covariance(n_in: int, *, power: float = 1.0, seed: int = 0) -> Tensor:
     x = correlated(4 * n_in, n_in, power=power, seed=seed).double()
     x = x - x.mean(0)
     return x.T @ x / len(x) + 0.01 * torch.eye(n_in, dtype=torch.float64)
-
-
-def columns(grid: Grid, index_I: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros of some input columns, O and as many columns as the index names."""
-    group_I = index_I // grid.group
-    zeros_OG = grid.zeros_OG
-    return grid.scales_OG[:, group_I], None if zeros_OG is None else zeros_OG[:, group_I]

@@ -21,7 +21,6 @@ from hbxt_compress.stats import LayerInputs, quadratic
 from tests.oracles import gptq_literal
 from tests.oracles.free_format import FreeFormat
 from tests.oracles.inputs import (
-    columns,
     correlated,
     covariance,
     exact,
@@ -71,7 +70,7 @@ def test_codes_are_those_of_the_literal_double_loop(
     factor = factorise(hessian, order_I)
     assert factor is not None
     fed = feed_back(weight, factor, grid)
-    scales, zeros = columns(grid, torch.arange(n_in))
+    scales, zeros = grid.columns(torch.arange(n_in))
     zeros = torch.zeros_like(scales) if zeros is None else zeros
     literal = gptq_literal.gptq(
         weight.double().numpy(),

@@ -15,7 +15,7 @@ from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.stats import quadratic
 from tests.oracles import gptq_literal
 from tests.oracles.free_format import FreeFormat
-from tests.oracles.inputs import columns, covariance, normal
+from tests.oracles.inputs import covariance, normal
 
 
 def _start(
@@ -38,7 +38,7 @@ def test_a_sweep_is_that_of_a_literal_search_over_every_level(
 ) -> None:
     weight, hessian, grid, levels, order = _start(n_out, n_in, asymmetric=asymmetric)
     moved, n_changed = descend(weight, levels, grid, hessian, order)
-    scales, zeros = columns(grid, torch.arange(n_in))
+    scales, zeros = grid.columns(torch.arange(n_in))
     literal = gptq_literal.descend(
         weight.double().numpy(),
         levels.numpy(),

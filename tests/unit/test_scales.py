@@ -19,7 +19,6 @@ from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.stats import LayerInputs, LayerStats
 from tests.oracles.free_format import FreeFormat
-from tests.oracles.inputs import columns
 
 _FORMATS = {
     "int4": FreeFormat(group=32),
@@ -136,7 +135,7 @@ def test_columns_in_any_order_are_the_columns_of_the_grid(name: str) -> None:
     fmt, weight = _FORMATS[name], _gauss(8, 192, seed=2)
     grid = search_scales(weight, fmt)
     order = torch.randperm(192, generator=_generator(4))[:77]
-    scale, zero = columns(grid, order)
+    scale, zero = grid.columns(order)
     assert scale.shape == (8, 77)
     zero = torch.zeros_like(scale) if zero is None else zero
     levels = (weight[:, order] / scale).round().add(zero).clamp(-grid.below, grid.above)

@@ -32,7 +32,6 @@ from hbxt_compress.graph.parity import run_graph
 from hbxt_compress.graph.passes import clean_up
 from hbxt_compress.graph.transform import emit_transform
 from hbxt_compress.stats import LayerInputs, LayerStats
-from tests.oracles.inputs import columns
 
 _INT4 = FORMATS["int4-g64"]
 
@@ -286,7 +285,7 @@ def _rounded_in_full(weight: Tensor, inputs: LayerInputs, fmt: WeightFormat) -> 
     factor = factorise(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(order)), order)
     assert factor is not None
     grid = search_scales(weight.float(), fmt, factor.pivots_I.float())
-    goal, scale = weight.double()[:, order], columns(grid, order)[0].double()
+    goal, scale = weight.double()[:, order], grid.columns(order)[0].double()
     error, rounded = torch.zeros_like(goal), torch.empty_like(weight, dtype=torch.float64)
     for j in range(len(order)):
         target = goal[:, j] + error[:, :j] @ factor.unit_II[:j, j]
