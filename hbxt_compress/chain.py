@@ -60,6 +60,16 @@ class Chain:
         if weights is not None:
             self._read_loose(weights)
 
+    def share(self, other: Chain) -> None:
+        """Holds what lies outside the blocks in the memory of another chain of the same model.
+
+        Either may put something else in its place; what lies there is never written to.
+        """
+        for name, parameter in other.module.named_parameters():
+            if not name.startswith(f"{self._path}."):
+                path, _, last = name.rpartition(".")
+                setattr(self.module.get_submodule(path), last, _still(parameter.data))
+
     def enter(self, index: int) -> None:
         """Makes sure that a block has its weights, as they are in the files."""
         if self._weights is not None:

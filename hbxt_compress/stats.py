@@ -10,14 +10,14 @@ would be 0.8 GB. A few rows are kept as they are, for errors that no sum tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need", "mirror", "quadratic"]
+__all__ = ["WIDEST", "LayerInputs", "LayerStats", "Need", "mirror", "panels", "quadratic"]
 
 T = TypeVar("T")
 Need = Literal["moments", "covariance"]
@@ -97,8 +97,44 @@ class LayerStats:
         Raises:
             ValueError: a value is not finite.
         """
-        rows_x = x.detach().reshape(-1, x.shape[-1]).float()
-        rows_y = rows_x if y is x else y.detach().reshape(-1, y.shape[-1]).float()
+        self.add_all([(x, y, weight)], shift_I=shift_I)
+
+    def add_all(
+        self, parts: Sequence[tuple[Tensor, Tensor, float]], *, shift_I: Tensor | None = None
+    ) -> None:
+        """Adds several tensors x and y, each with its weight; as `add` of one after the other.
+
+        Large sums of products are read and written once for all of them.
+        """
+        coarse = self.products_yy_II is not None and self.products_yy_II.dtype == torch.float32
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for x, y, weight in parts:
+            rows_x = x.detach().reshape(-1, x.shape[-1]).float()
+            rows_y = rows_x if y is x else y.detach().reshape(-1, y.shape[-1]).float()
+            self._note(rows_x, rows_y, weight, shift_I)
+            around_I = self.shift_I.to(torch.float32 if coarse else torch.float64)
+            at_once = min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // rows_x.shape[1]))
+            chunks = zip(rows_x.split(at_once), rows_y.split(at_once), strict=True)
+            for chunk_x, chunk_y in chunks:
+                shifted_x = chunk_x.to(around_I) - around_I
+                shifted_y = shifted_x if y is x else chunk_y.to(around_I) - around_I
+                self.total_x_I = self.total_x_I + weight * shifted_x.sum(0)
+                self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
+                self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
+                if coarse:  # weighted now, so that rows of any weight can be multiplied at once
+                    right = shifted_y.mul_(weight**0.5)
+                    is_one = y is x or self.products_xy_II is None
+                    waiting.append((right if is_one else shifted_x.mul_(weight**0.5), right))
+                else:
+                    self._add_products(shifted_x.float(), shifted_y.float(), weight)
+        if waiting:
+            rights = torch.cat([right for _, right in waiting])
+            is_one = all(left is right for left, right in waiting)
+            lefts = rights if is_one else torch.cat([left for left, _ in waiting])
+            self._add_products(lefts, rights, 1.0)
+
+    def _note(self, rows_x: Tensor, rows_y: Tensor, weight: float, shift_I: Tensor | None) -> None:
+        """Counts rows, and keeps some of them."""
         if not all(bool(torch.isfinite(torch.stack(t.aminmax())).all()) for t in (rows_x, rows_y)):
             raise ValueError("activations hold NaN or infinity")
         if self.n == 0:
@@ -108,24 +144,15 @@ class LayerStats:
         self.absmax_I = torch.maximum(self.absmax_I, rows_y.abs().amax(0).double())
         at = [(2 * k + 1) * len(rows_y) // (2 * _EXAMPLES) for k in range(_EXAMPLES)]
         self.examples.append(rows_y[torch.tensor(at)])
-        coarse = self.products_yy_II is not None and self.products_yy_II.dtype == torch.float32
-        precision = torch.float32 if coarse else torch.float64
-        around_I = self.shift_I.to(precision)
-        at_once = min(_ROWS_AT_ONCE, max(1, _NUMBERS_AT_ONCE // rows_x.shape[1]))
-        chunks = zip(rows_x.split(at_once), rows_y.split(at_once), strict=True)
-        for chunk_x, chunk_y in chunks:
-            shifted_x = chunk_x.to(precision) - around_I
-            shifted_y = shifted_x if y is x else chunk_y.to(precision) - around_I
-            self.total_x_I = self.total_x_I + weight * shifted_x.sum(0)
-            self.total_y_I = self.total_y_I + weight * shifted_y.sum(0)
-            self.squares_y_I = self.squares_y_I + weight * shifted_y.square().sum(0)
-            if self.products_yy_II is not None:
-                left, right = shifted_x.float(), shifted_y.float()
-                for some, _ in _panels(right.shape[1]):
-                    own_II = self.products_yy_II[some, some.start :]
-                    _add_products(own_II, right[:, some], right[:, some.start :], weight)
-                if self.products_xy_II is not None:
-                    _add_products(self.products_xy_II, right if x is y else left, right, weight)
+
+    def _add_products(self, left_NI: Tensor, right_NI: Tensor, weight: float) -> None:
+        if self.products_yy_II is None:
+            return
+        for some, _ in panels(right_NI.shape[1]):
+            own_II = self.products_yy_II[some, some.start :]
+            _add_products(own_II, right_NI[:, some], right_NI[:, some.start :], weight)
+        if self.products_xy_II is not None:
+            _add_products(self.products_xy_II, left_NI, right_NI, weight)
 
     def merged(self, other: LayerStats) -> LayerStats:
         """The statistics of both sets of rows."""
@@ -198,9 +225,12 @@ class LayerStats:
         if self.products_yy_II is None:
             raise ValueError("these statistics were gathered without products")
         found_O = quadratic(rows_OI, self.products_yy_II).double() / max(self.weight, 1e-30)
-        rows_OI = rows_OI.double()
-        found_O -= (rows_OI @ (self.mean_y_I - self.shift_I)).square()
-        return found_O if centred else found_O + (rows_OI @ self.mean_y_I).square()
+        rows_OI = rows_OI.to(self.products_yy_II)
+        around_I = (self.mean_y_I - self.shift_I).to(rows_OI)
+        found_O -= (rows_OI @ around_I).double().square()
+        if centred:
+            return found_O
+        return found_O + (rows_OI @ self.mean_y_I.to(rows_OI)).double().square()
 
     def _second(self, products_II: Tensor | None, mean_left_I: Tensor, centred: bool) -> Tensor:
         if products_II is None:
@@ -216,7 +246,7 @@ class LayerStats:
 
 def mirror(matrix_II: Tensor) -> Tensor:
     """The same matrix, its upper triangle now copied to the lower one."""
-    for some, later in _panels(len(matrix_II)):
+    for some, later in panels(len(matrix_II)):
         upper_II = matrix_II[some, some].triu()
         matrix_II[some, some] = upper_II + upper_II.triu(1).T
         matrix_II[later, some] = matrix_II[some, later].T
@@ -227,15 +257,15 @@ def quadratic(rows_OI: Tensor, matrix_II: Tensor) -> Tensor:
     """row M row^T of each row, O in the precision of M, of which the upper triangle counts."""
     rows_OI = rows_OI.to(matrix_II)
     found_O = rows_OI.new_zeros(len(rows_OI))
-    for some, later in _panels(len(matrix_II)):
+    for some, later in panels(len(matrix_II)):
         own_OI = rows_OI[:, some]
         found_O += 2 * (own_OI @ matrix_II[some, some].triu(1)).mul_(own_OI).sum(1)
         found_O += 2 * (own_OI @ matrix_II[some, later]).mul_(rows_OI[:, later]).sum(1)
     return found_O + rows_OI.square() @ matrix_II.diagonal()
 
 
-def _panels(n: int) -> Iterator[tuple[slice, slice]]:
-    """Some columns, and all behind them."""
+def panels(n: int) -> Iterator[tuple[slice, slice]]:
+    """Of n columns or rows some at a time, and all behind them."""
     for start in range(0, n, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, n)
         yield slice(start, stop), slice(stop, n)

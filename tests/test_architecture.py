@@ -23,7 +23,7 @@ MEDIAN_LINES = 160
 # Lower rows know nothing of higher ones; names in one row do not know each other, but for SIDEWAYS.
 ROWS = (
     {"errors"},
-    {"disk"},
+    {"disk", "heap"},
     {
         "strict",
         "yaml_text",

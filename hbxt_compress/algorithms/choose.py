@@ -82,7 +82,9 @@ class _Price:
             damping *= 10
         else:
             raise ValueError("the inputs' covariance is not positive semidefinite")
-        half = torch.linalg.solve_triangular(factor.unit_II, other[order][:, order], upper=True)
+        half = torch.linalg.solve_triangular(
+            factor.unit_II, other[order[:, None], order], upper=True
+        )
         whole = torch.linalg.solve_triangular(factor.unit_II, half.mT.contiguous(), upper=True)
         held_out = torch.empty_like(factor.pivots_I)
         held_out[order] = whole.diagonal()

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from hbxt_compress.algorithms.objective import Moments
+from hbxt_compress.algorithms.objective import fitted_spectrum
 from hbxt_compress.quantized import Loss
 from hbxt_compress.stats import LayerInputs, LayerStats
 
@@ -39,7 +39,8 @@ def measure(
     Relative to W E[y y^T] W^T. With covariances the error is (W - Q) Cov(y) (W - Q)^T plus the
     square of its mean, which is W E[x] - Q E[y] - shift, or (W - Q) E[y] where there is no shift.
     With moments only, E[y y^T] is taken as diagonal; without inputs, as the identity. In dB, with d
-    the pivots of the covariance (columns by falling variance) damped by 1e-3 of its mean diagonal:
+    the pivots of the covariance (columns by falling variance) damped by 1e-3 of its mean diagonal,
+    or as the rounder damped it where it is too large to be factored twice:
     G1 = mean h / mean d, G2 = mean d / geomean d, and the limit is that of Gaussian weights,
     O I var(W) geomean(d) 2^(-2 bits). Inputs that never vary are left out.
 
@@ -70,12 +71,11 @@ def measure(
     if target_OI is not None:
         rounded_OI = target_OI.to(dtype) - decoded_OI
         loss = float(inputs.fit.energy(rounded_OI, centred=centred).sum())
-    moments = Moments.of(inputs.fit, centred=centred)
-    alive_I = ~moments.dead_I
+    spectrum = fitted_spectrum(inputs, _DAMPING, centred=centred)
+    alive_I = ~spectrum.dead_I
     if not bool(alive_I.any()):
         return Loss(error=error, held_out=held_out)
-    problem = moments.problem(_DAMPING, spent=True)
-    pivots_I, variance_I = problem.factor.pivots_I[alive_I], problem.variance_I[alive_I]
+    pivots_I, variance_I = spectrum.pivots_I[alive_I], spectrum.variance_I[alive_I]
     log_geomean = float(pivots_I.log().mean())
     mean_pivot = float(pivots_I.mean())
     spread = float(weight_OI[:, alive_I].square().mean())
@@ -96,11 +96,12 @@ def _energies(
 ) -> tuple[float, float, float]:
     """On one set of rows: what is lost around its mean, the mean's square, and what there was."""
     lost_OI = weight_OI - decoded_OI
-    mean_O = lost_OI.double() @ stats.mean_y_I
-    if shift_O is not None:
-        given_O, got_O = weight_OI.double() @ stats.mean_x_I, decoded_OI.double() @ stats.mean_y_I
-        mean_O = given_O - got_O - shift_O
-    mean = float(mean_O.square().sum())
+    mean_x_I, mean_y_I = stats.mean_x_I.to(lost_OI), stats.mean_y_I.to(lost_OI)
+    if shift_O is None:
+        mean_O = lost_OI @ mean_y_I
+    else:
+        mean_O = weight_OI @ mean_x_I - decoded_OI @ mean_y_I - shift_O.to(lost_OI)
+    mean = float(mean_O.double().square().sum())
     if stats.products_yy_II is not None:
         scattered = float(stats.energy(lost_OI, centred=True).sum())
         return scattered, mean, float(stats.energy(weight_OI, centred=False).sum())

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.grid import Grid
+from hbxt_compress.algorithms.runs import RUN, feed
+from hbxt_compress.stats import panels
 
-__all__ = ["Factor", "Fed", "by_group", "factorise", "feed_back", "in_halves", "natural_order"]
+__all__ = ["Factor", "Fed", "Spans", "factorise", "feed_back", "in_halves"]
 
-_RUN = 32  # columns whose errors go to those next to them one by one
 _DRIFT = 2.0  # steps between a column's value and its level that count as drift
 
 
@@ -50,6 +51,15 @@ class Factor:
         solved_OI[:, self.order_I] = rows_IO.T
         return solved_OI
 
+    def slopes(self, away_IO: Tensor) -> Tensor:
+        """e H, O I, of an e B as feedback leaves it: half the work of multiplying e with H."""
+        scaled_IO = away_IO * self.pivots_I[self.order_I, None]
+        slope_IO = torch.empty_like(scaled_IO)
+        for some, _ in panels(len(scaled_IO)):
+            later = slice(some.start, None)
+            torch.mm(self.unit_II[some, later], scaled_IO[later], out=slope_IO[some])
+        return _placed(slope_IO, self.order_I).T.contiguous()
+
 
 def factorise(hessian_II: Tensor, order_I: Tensor) -> Factor | None:
     """The factor of a symmetric matrix, or None if its precision finds it not positive definite."""
@@ -57,9 +67,10 @@ def factorise(hessian_II: Tensor, order_I: Tensor) -> Factor | None:
     upper_II = hessian_II[backwards_I[:, None], backwards_I].mT
     failed = torch.empty((), dtype=torch.int32, device=upper_II.device)
     torch.linalg.cholesky_ex(upper_II, out=(upper_II, failed))  # in place: it may take 0.8 GB
-    if int(failed) or not bool(torch.isfinite(torch.stack(upper_II.aminmax())).all()):
+    whole = upper_II.mT  # lies in memory as it is looked at: otherwise aminmax copies it
+    if int(failed) or not bool(torch.isfinite(torch.stack(whole.aminmax())).all()):
         return None
-    _reverse(upper_II.mT.view(-1))  # now H = R R^T, R upper triangular
+    _reverse(whole.view(-1))  # now H = R R^T, R upper triangular
     root_I = upper_II.diagonal().clone()
     pivots_I = torch.empty_like(root_I)
     pivots_I[order_I] = root_I.square()
@@ -79,13 +90,15 @@ def _reverse(numbers: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fed:
-    """What feedback found. levels_OI: whole. loss_O: e H e^T of each row. In the precision of H.
+    """What feedback found, in the precision of H. levels_OI: whole. loss_O: e H e^T of each row.
 
+    away_IO: e B, columns in the factor's order; loss_O is its square, weighted by the pivots.
     n_drifted: levels more than two steps from the value that they stand for, at an end of the grid.
     """
 
     levels_OI: Tensor
     loss_O: Tensor
+    away_IO: Tensor
     n_drifted: int
 
 
@@ -96,9 +109,7 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
     under every error so far, and pulling a column back to the grid before passing on costs dB.
     """
     order_I, unit_II = factor.order_I, factor.unit_II
-    scale_GO, zero_GO = by_group(grid, unit_II.dtype)
-    low_GO, high_GO = -grid.below - zero_GO, grid.above - zero_GO
-    group_I = order_I // grid.group
+    spans = Spans.of(grid, unit_II.dtype, order_I)
     goal_IO = target_OI.to(unit_II).T.contiguous()[order_I]
     work_IO, units_IO = goal_IO.clone(), torch.empty_like(goal_IO)
     loss_O = goal_IO.new_zeros(len(target_OI))
@@ -107,17 +118,13 @@ def feed_back(target_OI: Tensor, factor: Factor, grid: Grid) -> Fed:
         if later is not None:  # goal_IO holds the errors of what is rounded
             work_IO[later].addmm_(unit_II[run, later].T, goal_IO[run])
             continue
-        for j, g in zip(range(run.start, run.stop), group_I[run].tolist(), strict=True):
-            steps_O = work_IO[j].div_(scale_GO[g])
-            units_O = torch.clamp(steps_O.round(), low_GO[g], high_GO[g], out=units_IO[j])
-            error_O = goal_IO[j].sub_(units_O * scale_GO[g])
-            work_IO[j + 1 : run.stop].addr_(unit_II[j, j + 1 : run.stop], error_O)
-        away_RO = work_IO[run] - units_IO[run]
-        n_drifted += int((away_RO.abs() > _DRIFT).sum())
-        away_RO *= scale_GO[group_I[run]]
-        loss_O += factor.pivots_I[order_I[run]] @ away_RO.square_()
-    levels_OI = natural_order(units_IO, order_I, grid, zero_GO)
-    return Fed(levels_OI=levels_OI, loss_O=loss_O, n_drifted=n_drifted)
+        own = spans.of_run(run)
+        fed = feed(work_IO[run], goal_IO[run], unit_II[run, run], own, len(order_I))
+        units_IO[run], goal_IO[run], work_IO[run] = fed.units_RO, fed.errors_RO, fed.away_RO
+        n_drifted += int((fed.away_RO.abs() > _DRIFT * own[0].abs()).sum())
+        loss_O += factor.pivots_I[order_I[run]] @ fed.away_RO.square()
+    levels_OI = spans.natural_order(units_IO, order_I)
+    return Fed(levels_OI=levels_OI, loss_O=loss_O, away_IO=work_IO, n_drifted=n_drifted)
 
 
 def in_halves(n: int) -> Iterator[tuple[slice, slice | None]]:
@@ -128,10 +135,10 @@ def in_halves(n: int) -> Iterator[tuple[slice, slice | None]]:
     """
 
     def span(start: int, stop: int) -> Iterator[tuple[slice, slice | None]]:
-        if stop - start <= _RUN:
+        if stop - start <= RUN:
             yield slice(start, stop), None
             return
-        middle = start + -(-(stop - start) // (2 * _RUN)) * _RUN
+        middle = start + -(-(stop - start) // (2 * RUN)) * RUN
         yield from span(start, middle)
         yield slice(start, middle), slice(middle, stop)
         yield from span(middle, stop)
@@ -139,19 +146,52 @@ def in_halves(n: int) -> Iterator[tuple[slice, slice | None]]:
     return span(0, n)
 
 
-def by_group(grid: Grid, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each group, G O."""
-    scale_GO = grid.scales_OG.to(precision).T.contiguous()
-    if grid.zeros_OG is None:
-        return scale_GO, torch.zeros_like(scale_GO)
-    return scale_GO, grid.zeros_OG.to(precision).T.contiguous()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """A grid by columns, in the order in which they are taken: scales and outer units.
+
+    Units are levels less zeros; a weight is its units times its scale.
+    """
+
+    scale_GO: Tensor
+    low_GO: Tensor
+    high_GO: Tensor
+    zero_GO: Tensor | None
+    group_I: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, precision: torch.dtype, order_I: Tensor) -> Spans:
+        """Those of a grid; order_I: input columns, first to last."""
+        scale_GO = grid.scales_OG.to(precision).T.contiguous()
+        zero_GO = None if grid.zeros_OG is None else grid.zeros_OG.to(precision).T.contiguous()
+        none_GO = torch.zeros_like(scale_GO) if zero_GO is None else zero_GO
+        return cls(
+            scale_GO=scale_GO,
+            low_GO=-grid.below - none_GO,
+            high_GO=grid.above - none_GO,
+            zero_GO=zero_GO,
+            group_I=order_I // grid.group,
+        )
+
+    def of_run(self, run: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales, least and largest units of some columns, R O."""
+        group_R = self.group_I[run]
+        return self.scale_GO[group_R], self.low_GO[group_R], self.high_GO[group_R]
+
+    def units(self, levels_OI: Tensor, order_I: Tensor) -> Tensor:
+        """The units I O, in order, of levels O I."""
+        units_IO = levels_OI.to(self.scale_GO).T.contiguous()[order_I]
+        return units_IO if self.zero_GO is None else units_IO.sub_(self.zero_GO[self.group_I])
+
+    def natural_order(self, units_IO: Tensor, order_I: Tensor) -> Tensor:
+        """The levels O I of units in order."""
+        if self.zero_GO is not None:
+            units_IO = units_IO + self.zero_GO[self.group_I]
+        return _placed(units_IO, order_I).T.contiguous()
 
 
-def natural_order(units_IO: Tensor, order_I: Tensor, grid: Grid, zero_GO: Tensor) -> Tensor:
-    """Levels O I of levels less zeros whose columns are in another order."""
+def _placed(rows_IO: Tensor, order_I: Tensor) -> Tensor:
+    """Rows in order put back to where they come from."""
     place_I = torch.empty_like(order_I)
     place_I[order_I] = torch.arange(len(order_I), device=order_I.device)
-    levels_IO = units_IO[place_I]
-    if grid.zeros_OG is not None:
-        levels_IO += zero_GO.repeat_interleave(grid.group, dim=0)
-    return levels_IO.T.contiguous()
+    return rows_IO[place_I]

@@ -18,8 +18,16 @@ from torch import Tensor
 from hbxt_compress.algorithms.feedback import Fed, feed_back
 from hbxt_compress.algorithms.grid import Grid
 from hbxt_compress.algorithms.low_rank import branch, split_low_rank
-from hbxt_compress.algorithms.objective import Judge, Moments, Order, Problem, ScaleWeights
-from hbxt_compress.algorithms.polish import descend, refit_scales
+from hbxt_compress.algorithms.objective import (
+    Judge,
+    Moments,
+    Order,
+    Problem,
+    ScaleWeights,
+    fitted,
+    fitted_problem,
+)
+from hbxt_compress.algorithms.polish import descend, refit_scales, slopes
 from hbxt_compress.algorithms.rounded import Rounded
 from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.formats import WeightFormat
@@ -31,7 +39,7 @@ __all__ = ["Gptq"]
 _JUDGED_ROWS = 128  # output rows, evenly spread, on which damping and correction are chosen
 _ALTERNATIONS = 3  # most times that the low-rank branch is split off anew
 _ROWS_AT_ONCE = 2048  # output rows rounded together, to bound memory
-_LEAST_GAIN = 0.03  # of a round of polishing, for another one to be worth half a minute: 0.13 dB
+_LEAST_GAIN = 0.2  # of a round of polishing, for another one: that gains a tenth of it, 0.1 dB
 
 _Damping = Annotated[float, Field(gt=0, le=10)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -68,15 +76,16 @@ class Gptq(Settings):
     Lists are candidates: the best on held-out rows is used, or the middle one if there are none.
     """
 
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
 
     damping: Annotated[tuple[_Damping, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """Added to the variance of each input, as a share of the mean variance."""
     correct: Annotated[tuple[_Share, ...], Field(min_length=1)] = (0.0, 0.5, 1.0)
     """How far the target goes from the weight towards the one that fits the quantized net."""
     polish: Annotated[int, Field(ge=0, le=100)] = 2
-    """Rounds of scale refit, error feedback under the new scales, and descent; of layers of more
-    than 2048 inputs no more once one gained less than 3 %."""
+    """Rounds of scale refit and descent; in the first one error feedback again in between.
+
+    Of layers of more than 2048 inputs no more once one gained less than 20 %."""
     order: Order = "activation"
     """Columns by falling variance of their inputs, or as they stand."""
     scale_weights: ScaleWeights = "pivots"
@@ -105,18 +114,17 @@ class Gptq(Settings):
         if held_out is not None and held_out.weight > 0:
             judge = inputs.once(
                 ("judge", centred),
-                lambda: Judge(fit=Moments.of(inputs.fit, centred=centred), held_out=held_out),
+                lambda: Judge(fit=fitted(inputs, centred=centred), held_out=held_out),
             )
             problem, share = self._choose(weight_OI, inputs, judge, fmt)
             damping = problem.damping
             if fmt.rank:
                 target_OI = problem.target(weight_OI, share)
                 alternations = self._alternations(weight_OI, target_OI, problem, judge, fmt)
-        if blind:  # matrices of 0.8 GB are not kept for another layer of the same input
-            moments = Moments.of(inputs.everything(), centred=centred)
-            problem = moments.problem(damping, self.order, spent=True)
+        everything = inputs.once("everything", inputs.everything)
+        if blind:  # no rows are held out, and matrices of 0.8 GB are not kept
+            problem = fitted_problem(inputs, damping, self.order, centred=centred)
         else:
-            everything = inputs.once("everything", inputs.everything)
             moments = inputs.once(
                 ("moments", centred), lambda: Moments.of(everything, centred=centred)
             )
@@ -124,7 +132,11 @@ class Gptq(Settings):
                 ("problem", centred, damping, self.order),
                 lambda: moments.problem(damping, self.order),
             )
-        target_OI = problem.target(weight_OI, share)
+        correction_II = None
+        if share:  # of I rows, once for all layers of an input, of which many have more rows
+            key = "correction", centred, damping, self.order
+            correction_II = inputs.once(key, problem.correction)
+        target_OI = problem.target(weight_OI, share, correction_II)
         attempts = self._attempts(target_OI, problem, fmt, self.polish)
         best = next(attempts)
         for _ in range(alternations):
@@ -132,11 +144,13 @@ class Gptq(Settings):
         payload = _stored(best, fmt)
         shift_O = None
         if inputs.takes_bias:
-            shift_O = moments.shift(weight_OI, fmt.decode(payload)).float()
+            mean_x_I, mean_y_I = everything.mean_x_I, everything.mean_y_I
+            kept_O = fmt.decode(payload).to(weight_OI) @ mean_y_I.to(weight_OI)
+            shift_O = (weight_OI @ mean_x_I.to(weight_OI) - kept_O).float()
         notes: dict[str, float | str] = {
             "damping": problem.damping,
             "correct": share,
-            "dead_inputs": int(moments.dead_I.sum()),
+            "dead_inputs": int(problem.dead_I.sum()),
             "drifted_levels": best.n_drifted,
             "rows_no_better_than_nearest": best.n_plain,
         }
@@ -156,15 +170,12 @@ class Gptq(Settings):
         """
         rows = torch.linspace(0, len(weight_OI) - 1, min(len(weight_OI), _JUDGED_ROWS)).long()
         some_OI = weight_OI[rows]
-        fit = judge.fit
+        centred = inputs.takes_bias
         problems = [
-            inputs.once(
-                ("problem of fit", inputs.takes_bias, damping, self.order),
-                lambda damping=damping: fit.problem(damping, self.order),  # type: ignore[misc]
-            )
+            fitted_problem(inputs, damping, self.order, centred=centred)
             for damping in sorted(self.damping)
         ]
-        shares = [0.0] if fit.cross_II is None else sorted(self.correct)
+        shares = [0.0] if judge.fit.cross_II is None else sorted(self.correct)
         i, before = len(problems) // 2, None
         j = len(shares) // 2
         if len(problems) == len(shares) == 1:
@@ -230,9 +241,10 @@ class Gptq(Settings):
     def _rounded(
         self, target_OI: Tensor, problem: Problem, fmt: WeightFormat, polish: int
     ) -> _Result:
+        n_chunks = -(-len(target_OI) // _ROWS_AT_ONCE)
         parts = [
             self._rounded_rows(rows_OI, problem, fmt, polish)
-            for rows_OI in target_OI.split(_ROWS_AT_ONCE)
+            for rows_OI in target_OI.tensor_split(n_chunks)
         ]
         zeros = [part.grid.zeros_OG for part in parts]
         grid = replace(
@@ -250,24 +262,31 @@ class Gptq(Settings):
     def _rounded_rows(
         self, target_OI: Tensor, problem: Problem, fmt: WeightFormat, polish: int
     ) -> _Result:
+        hessian_II, factor = problem.hessian_II, problem.factor
         grid = search_scales(target_OI.float(), fmt, problem.importance(self.scale_weights))
         levels_OI = grid.levels(target_OI.float()).to(target_OI)
         levels_OI, loss_O, fed = _nearer(target_OI, problem, grid, levels_OI)
-        n_plain = int((levels_OI != fed.levels_OI).any(1).sum())
-        for n_left in reversed(range(polish)):
-            before = float(loss_O.sum())
-            if self.refit:
-                grid, gain_O = refit_scales(target_OI, levels_OI, grid, problem.hessian_II)
+        plain_O = (levels_OI != fed.levels_OI).any(1)
+        least = _LEAST_GAIN if target_OI.dtype == torch.float32 else 0.0
+        for n_done in range(polish):
+            before = loss_O
+            if self.refit and n_done == 0:
+                slope_OI = factor.slopes(fed.away_IO)
+                if bool(plain_O.any()):
+                    rows = target_OI[plain_O], levels_OI[plain_O], grid.rows(plain_O), hessian_II
+                    slope_OI[plain_O] = slopes(*rows)
+                grid, gain_O = refit_scales(target_OI, levels_OI, grid, hessian_II, slope_OI)
+                levels_OI, loss_O, _ = _nearer(
+                    target_OI, problem, grid, levels_OI, loss_O - gain_O.to(loss_O)
+                )
+            elif self.refit:
+                grid, gain_O = refit_scales(target_OI, levels_OI, grid, hessian_II)
                 loss_O = loss_O - gain_O.to(loss_O)
-                levels_OI, _, _ = _nearer(target_OI, problem, grid, levels_OI, loss_O)
-            levels_OI, _ = descend(
-                target_OI, levels_OI, grid, problem.hessian_II, problem.factor.order_I
-            )
-            if n_left:
-                loss_O = _loss(target_OI, problem, grid, levels_OI)
-                least = _LEAST_GAIN if target_OI.dtype == torch.float32 else 0.0
-                if float(loss_O.sum()) >= (1 - least) * before:
-                    break
+            levels_OI, gain_O = descend(target_OI, levels_OI, grid, hessian_II, factor.order_I)
+            loss_O = loss_O - gain_O.to(loss_O)
+            if float(loss_O.sum()) >= (1 - least) * float(before.sum()):
+                break
+        n_plain = int(plain_O.sum())
         return _Result(grid=grid, levels_OI=levels_OI, n_drifted=fed.n_drifted, n_plain=n_plain)
 
 
@@ -283,15 +302,12 @@ def _nearer(
     loss_O: that of these levels, where it is known. Returns levels, their losses, and the feedback.
     """
     if loss_O is None:
-        loss_O = _loss(target_OI, problem, grid, levels_OI)
+        error_OI = target_OI - grid.value(levels_OI).to(target_OI)
+        loss_O = problem.loss(error_OI)
     fed = feed_back(target_OI, problem.factor, grid)
     wins_O = fed.loss_O < loss_O
     levels_OI = torch.where(wins_O[:, None], fed.levels_OI, levels_OI)
     return levels_OI, torch.where(wins_O, fed.loss_O, loss_O), fed
-
-
-def _loss(target_OI: Tensor, problem: Problem, grid: Grid, levels_OI: Tensor) -> Tensor:
-    return problem.loss(target_OI - grid.value(levels_OI).to(target_OI))
 
 
 def _checked(weight_OI: Tensor, inputs: LayerInputs | None) -> Tensor:

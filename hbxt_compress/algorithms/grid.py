@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +34,20 @@ class Grid:
         """The float32 weight that levels stand for."""
         return value(levels_OI, self.scales_OG, self.zeros_OG)
 
+    def rows(self, index_O: Tensor) -> Grid:
+        """The same for some rows of the weight."""
+        zeros_OG = self.zeros_OG
+        return replace(
+            self,
+            scales_OG=self.scales_OG[index_O],
+            zeros_OG=None if zeros_OG is None else zeros_OG[index_O],
+        )
+
     def columns(self, index_I: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros of some input columns (for rounders that go by columns), O and as many columns as the index names."""
+        """Scales and zeros of some input columns, O and as many columns as the index names.
+
+        For rounders that go by columns.
+        """
         group_I = torch.div(index_I, self.group, rounding_mode="floor")
         zeros_OG = self.zeros_OG
         return self.scales_OG[:, group_I], None if zeros_OG is None else zeros_OG[:, group_I]

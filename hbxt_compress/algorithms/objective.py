@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.algorithms.feedback import Factor, factorise
-from hbxt_compress.stats import LayerStats, quadratic
+from hbxt_compress.stats import LayerInputs, LayerStats, quadratic
 
-__all__ = ["Judge", "Moments", "Order", "Problem", "ScaleWeights"]
+__all__ = [
+    "Judge",
+    "Moments",
+    "Order",
+    "Problem",
+    "ScaleWeights",
+    "Spectrum",
+    "fitted",
+    "fitted_problem",
+    "fitted_spectrum",
+]
 
 Order = Literal["activation", "natural"]
 ScaleWeights = Literal["pivots", "diagonal", "ones"]
@@ -28,32 +38,66 @@ _RETRIES = 6  # of ten times the damping each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum:
+    """By input: pivots of the factor, the diagonal of H, and which inputs hardly vary."""
+
+    pivots_I: Tensor
+    variance_I: Tensor
+    dead_I: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One damped objective, factored. variance_I: the diagonal of hessian_II.
 
     Float64, or float32 if that is what the statistics are; cross_II: None if they lack it.
 
-    damping: the share of the mean variance that was really added, after retries.
+    damping: the share of the mean variance that was really added, after retries. dead_I: inputs
+    that hardly vary.
     """
 
     hessian_II: Tensor
     cross_II: Tensor | None
     factor: Factor
     damping: float
+    dead_I: Tensor
 
     @property
     def variance_I(self) -> Tensor:
         return self.hessian_II.diagonal()
 
-    def target(self, weight_OI: Tensor, share: float) -> Tensor:
-        """(1 - share) W + share T, O I in the objective's precision."""
+    @property
+    def spectrum(self) -> Spectrum:
+        variance_I = self.variance_I.clone()  # not a view of the matrix, which may go
+        return Spectrum(pivots_I=self.factor.pivots_I, variance_I=variance_I, dead_I=self.dead_I)
+
+    def correction(self) -> Tensor:
+        """C H^-1, I I: what a weight is multiplied with to fit the quantized net.
+
+        Raises:
+            ValueError: E[x y^T] was not gathered.
+        """
+        if self.cross_II is None:
+            raise ValueError("a target is fitted by E[x y^T], which was not gathered")
+        return self.factor.solve(self.cross_II)
+
+    def target(
+        self, weight_OI: Tensor, share: float, correction_II: Tensor | None = None
+    ) -> Tensor:
+        """(1 - share) W + share T, O I in the objective's precision.
+
+        correction_II: where it is known; else T takes two triangular solves of O rows.
+        """
         weight_OI = weight_OI.to(self.hessian_II)
         if share == 0:
             return weight_OI
-        if self.cross_II is None:
+        if correction_II is not None:
+            fitted_OI = weight_OI @ correction_II
+        elif self.cross_II is not None:
+            fitted_OI = self.factor.solve(weight_OI @ self.cross_II)
+        else:
             raise ValueError("a target is fitted by E[x y^T], which was not gathered")
-        fitted_OI = self.factor.solve(weight_OI @ self.cross_II)
-        return weight_OI + share * (fitted_OI - weight_OI)
+        return weight_OI.lerp(fitted_OI, share)
 
     def importance(self, weights: ScaleWeights) -> Tensor | None:
         """What an error in each column counts in the scale search, I; None: all alike."""
@@ -140,7 +184,11 @@ class Moments:
                     cross_II = cross_II if spent else cross_II.clone()
                     cross_II.diagonal().add_(own_I)
                 return Problem(
-                    hessian_II=hessian_II, cross_II=cross_II, factor=factor, damping=share
+                    hessian_II=hessian_II,
+                    cross_II=cross_II,
+                    factor=factor,
+                    damping=share,
+                    dead_I=self.dead_I,
                 )
         raise ValueError(
             f"a layer's input covariance is not one: not positive definite at damping {share:g}"
@@ -151,6 +199,32 @@ class Moments:
         if not self.centred:
             return self.mean_x_I.new_zeros(weight_OI.shape[0])
         return weight_OI.double() @ self.mean_x_I - rounded_OI.double() @ self.mean_y_I
+
+
+def fitted(inputs: LayerInputs, *, centred: bool) -> Moments:
+    """The moments of the rows to learn from; computed once for all layers of an input."""
+    return inputs.once(("moments of fit", centred), lambda: Moments.of(inputs.fit, centred=centred))
+
+
+def fitted_problem(
+    inputs: LayerInputs, damping: float, order: Order = "activation", *, centred: bool
+) -> Problem:
+    """Their objective; likewise. Of the widest layers it is not kept, but for its spectrum."""
+    if inputs.fit.products_xy_II is None:
+        problem = Moments.of(inputs.fit, centred=centred).problem(damping, order, spent=True)
+        inputs.once(("spectrum", centred), lambda: problem.spectrum)
+        return problem
+    return inputs.once(
+        ("problem of fit", centred, damping, order),
+        lambda: fitted(inputs, centred=centred).problem(damping, order),
+    )
+
+
+def fitted_spectrum(inputs: LayerInputs, damping: float, *, centred: bool) -> Spectrum:
+    """That of their objective; of the widest layers with the damping it was first factored with."""
+    return inputs.once(
+        ("spectrum", centred), lambda: fitted_problem(inputs, damping, centred=centred).spectrum
+    )
 
 
 class Judge:

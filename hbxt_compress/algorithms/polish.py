@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hbxt_compress.algorithms.feedback import by_group, in_halves, natural_order
+from hbxt_compress.algorithms.feedback import Spans, in_halves
 from hbxt_compress.algorithms.grid import Grid
+from hbxt_compress.algorithms.runs import move
 
-__all__ = ["descend", "refit_scales"]
+__all__ = ["descend", "refit_scales", "slopes"]
 
 _ROWS_AT_ONCE = 256  # in a refit, whose copies then stay near the core
 _RIDGE = 1e-9  # of the mean curvature of a row's scales; keeps unused groups solvable
@@ -24,40 +25,44 @@ _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 
 def descend(
     target_OI: Tensor, levels_OI: Tensor, grid: Grid, hessian_II: Tensor, order_I: Tensor
-) -> tuple[Tensor, int]:
-    """Levels O I, in the precision of H, each once put where it costs least; how many changed."""
-    scale_GO, zero_GO = by_group(grid, hessian_II.dtype)
-    low_GO, high_GO = -grid.below - zero_GO, grid.above - zero_GO
-    group_I = order_I // grid.group
-    levels_OI = levels_OI.to(hessian_II)
-    units_IO = levels_OI.T.contiguous()[order_I] - zero_GO[group_I]
-    error_OI = target_OI.to(hessian_II) - grid.value(levels_OI).to(hessian_II)
-    gradient_IO = (error_OI @ hessian_II).T.contiguous()[order_I]
-    del error_OI
-    n_changed = 0
+) -> tuple[Tensor, Tensor]:
+    """Levels O I, each once put where it costs least, and what each row gains, float64 O.
+
+    Levels are in the precision of H.
+    """
+    spans = Spans.of(grid, hessian_II.dtype, order_I)
+    units_IO = spans.units(levels_OI, order_I)
+    gradient_IO = slopes(target_OI, levels_OI, grid, hessian_II).T.contiguous()[order_I]
+    gain_O = gradient_IO.new_zeros(len(levels_OI), dtype=torch.float64)
     for run, later in in_halves(len(order_I)):
         own_I = order_I[run]
         if later is not None:  # gradient_IO holds the moves of what was put
             part_II = hessian_II[order_I[later, None], own_I]
             gradient_IO[later].addmm_(part_II, gradient_IO[run], alpha=-1)
             continue
-        own_II = hessian_II[own_I[:, None], own_I]
-        for i, (j, g) in enumerate(
-            zip(range(run.start, run.stop), group_I[run].tolist(), strict=True)
-        ):
-            best_O = units_IO[j] + gradient_IO[j].div_(own_II[i, i]).div_(scale_GO[g])
-            step_O = best_O.round_().clamp_(low_GO[g], high_GO[g]).sub_(units_IO[j])
-            units_IO[j] += step_O
-            move_O = torch.mul(step_O, scale_GO[g], out=gradient_IO[j])
-            gradient_IO[j + 1 : run.stop].addr_(own_II[i, i + 1 :], move_O, alpha=-1)
-        n_changed += int(gradient_IO[run].count_nonzero())
-    return natural_order(units_IO, order_I, grid, zero_GO), n_changed
+        own_RR, own = hessian_II[own_I[:, None], own_I], spans.of_run(run)
+        moved = move(gradient_IO[run], units_IO[run], own_RR, own, len(order_I))
+        units_IO[run], gradient_IO[run] = moved.units_RO, moved.moves_RO
+        gain_O += moved.gain_O
+    return spans.natural_order(units_IO, order_I), gain_O
+
+
+def slopes(target_OI: Tensor, levels_OI: Tensor, grid: Grid, hessian_II: Tensor) -> Tensor:
+    """e H, O I."""
+    error_OI = target_OI.to(hessian_II) - grid.value(levels_OI).to(hessian_II)
+    return error_OI @ hessian_II
 
 
 def refit_scales(
-    target_OI: Tensor, levels_OI: Tensor, grid: Grid, hessian_II: Tensor
+    target_OI: Tensor,
+    levels_OI: Tensor,
+    grid: Grid,
+    hessian_II: Tensor,
+    slope_OI: Tensor | None = None,
 ) -> tuple[Grid, Tensor]:
     """The grid with the scales that suit these levels best, and what each row gains, float64 O.
+
+    slope_OI: e H, if it is known.
 
     Each row solves A s = r, A_gh = l_g H_gh l_h^T and r_g = l_g (H w^T)_g over its groups, l being
     levels less zeros; the scales are then rounded to float16 and kept only where the loss falls.
@@ -65,9 +70,8 @@ def refit_scales(
     unit_OI = levels_OI.to(hessian_II)
     if grid.zeros_OG is not None:
         unit_OI = unit_OI - grid.zeros_OG.to(hessian_II).repeat_interleave(grid.group, dim=1)
-    error_OI = target_OI.to(hessian_II) - grid.value(levels_OI).to(hessian_II)
-    slope_OI = error_OI @ hessian_II
-    del error_OI
+    if slope_OI is None:
+        slope_OI = slopes(target_OI, levels_OI, grid, hessian_II)
     parts = [one.split(_ROWS_AT_ONCE) for one in (unit_OI, slope_OI, grid.scales_OG)]
     fitted = [
         _fitted(units, slopes, scales, hessian_II)

@@ -21,32 +21,28 @@ each number become one pass over it. Its sums differ from the others' in the las
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from operator import mul
-from threading import Lock
 
 import torch
 from torch import Tensor
 
+from hbxt_compress.algorithms.compiled import Compiled
 from hbxt_compress.algorithms.grid import Grid
 from hbxt_compress.algorithms.threads import each_alone, one_thread
 from hbxt_compress.formats import WeightFormat
 
 __all__ = ["search_scales"]
 
-log = logging.getLogger(__name__)
 _RATIOS = tuple(i / 100 for i in (*range(24, 60, 6), *range(60, 112, 3), *range(112, 141, 6)))
 _RATIOS_NEAR_1 = tuple(i / 100 for i in range(54, 127, 6))
 _N_REFITS = 2
 _WEIGHTS_AT_ONCE = 1 << 18  # of a chunk of rows: its few copies stay near the core
 _COMPILED_AT_ONCE = 1 << 20  # weights of a chunk in compiled code, which keeps no copies
 _EAGER_UP_TO = 1024  # inputs: compiling takes as long as searching some ten million weights
-_VARIANTS = 64  # of compiled code: formats, norms, with importances or without, one group or many
-_COMPILING = Lock()
+_CODE = Compiled("scales of large weights are searched")
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # magnitudes that float16 holds
 
 Found = tuple[Tensor, Tensor | None]
@@ -237,35 +233,15 @@ class _Search:
 
 
 def _compiled(how: _Search, weighted: bool) -> Find | None:
-    with _COMPILING:
-        return _compile(how, weighted)
-
-
-@cache
-def _compile(how: _Search, weighted: bool) -> Find | None:
-    """The search in compiled code; None, with a warning, where there is no compiler for it."""
-    exactly: dict[str, str | int | bool | Callable[..., object]] = {
-        "emulate_precision_casts": True,  # or rounding to float16 is optimised away
-        "cpp_wrapper": True,  # or it holds Python's lock, and layers wait for each other
-    }
-    compiled = torch.compile(how.nearest, options=exactly)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    try:
-        with one_thread(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own use of what it has deprecated
-            some_OGS, some_GS = torch.ones(3, 5, 32), torch.ones(5, 32)
-            for size in range(3):  # all differ, and may: no other numbers may
-                torch._dynamo.mark_dynamic(some_OGS, size)
-            torch._dynamo.mark_dynamic(some_GS, (0, 1))
-            compiled(some_OGS, some_GS if weighted else None, how.factors(weighted=weighted))
-    except Exception as error:  # whatever a compiler that is not there raises
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning(
-            "scales of large weights are searched without compiled code, several times slower: %s",
-            told[-1],
+    some_OGS, some_GS = torch.ones(3, 5, 32), torch.ones(5, 32)
+    factors_C = how.factors(weighted=weighted)
+    with one_thread():  # as chunks of rows are searched
+        return _CODE.of(
+            (how, weighted),
+            how.nearest,
+            [some_OGS, some_GS if weighted else None, factors_C],
+            [(0, 1, 2), (0, 1), ()],  # all sizes differ, but not the number of trials
         )
-        return None
-    return compiled
 
 
 def _power(size: Tensor, halves: int) -> Tensor:

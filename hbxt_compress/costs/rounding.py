@@ -54,6 +54,9 @@ _STATISTICS_BYTES = 100
 # (4), moments (2), the judge's (2), three problems of 3, the last one's copy; without E[x y^T] and
 # held-out rows: statistics, the objective, its factor, and a quarter gathered in a descent.
 _MATRICES, _MATRICES_BLIND = 18, 3.25
+# A run of compiled columns (algorithms/runs.py) takes 90 us where single steps take 500, of which
+# what lies around it is about half: 16 of 2048 rows, two threads.
+_COMPILED_RUNS = 0.5
 _ROW_ARRAYS = 10  # of 2048 rows, in feedback.feed_back and polish.descend
 
 
@@ -123,26 +126,28 @@ def gptq_work(how: Gptq, n_out: int, n_in: int, group: int | None, *, judged: bo
     n_dampings, n_shares = len(how.damping), 1 if blind else len(how.correct)
     chosen = judged and n_dampings * n_shares > 1
     square, whole = float(n_in) ** 2, float(n_out) * n_in**2
-    # _choose: a problem a damping, an evaluation of some rows for each damping, share, and again
-    n_factors = 1 + 1 + (n_dampings if judged else 0)  # and one of all rows, one of measure
+    # _choose: a problem a damping, an evaluation of some rows for each damping, share, and again;
+    # one of them, or the only one of wide layers, is measure's
+    n_factors = 1 + (n_dampings if judged else 0 if blind else 1)
     work = Work.of(**{kind.factor: n_factors * n_in**3 / 3})
     work += numbers(square, 6 * n_factors + 14, kind.n_bytes)
     if chosen:
         rows = min(n_out, _JUDGED_ROWS)
         once = Work.of(**{kind.product: 8.0 * rows * square, kind.factor: 2.0 * rows * square})
         work += (once + _feedback(rows, n_in, kind)) * (n_dampings + n_shares)
-    # target: W C, and two triangular systems
+    # target: two triangular systems of I I, and W times their solution
     if not blind and how.correct != (0.0,):
-        work += Work.of(**{kind.product: 2 * whole, kind.factor: 2 * whole})
+        work += Work.of(**{kind.product: 2 * whole, kind.factor: 2 * square * n_in})
     work += search_work(n_out * n_in, n_in)
     form = Work.of(**{kind.product: 2.0 * n_out * _triangle(n_in)})  # e H e^T of all rows
     # Of many inputs a second round of polishing is rare: gptq._LEAST_GAIN
     n_rounds = how.polish if kind.n_bytes == 8 else min(1, how.polish)
-    work += form * max(1, min(how.polish, n_rounds + 1))
-    work += _feedback(n_out, n_in, kind) * (1 + (n_rounds if how.refit else 0))
+    work += form
+    work += _feedback(n_out, n_in, kind) * (1 + (min(1, n_rounds) if how.refit else 0))
     n_groups = n_in // (group or n_in)
-    # refit_scales: two products, and for each group an array of O I; O systems of G scales
-    refit = Work.of(**{kind.product: 4 * whole, "factor64": n_out * n_groups**3 * 2 / 3})
+    # refit_scales: a product (in the first round of what feedback left, half as much), another
+    # half, and for each group an array of O I; O systems of G scales
+    refit = Work.of(**{kind.product: 3 * whole, "factor64": n_out * n_groups**3 * 2 / 3})
     refit += numbers(min(n_out, _ROWS_AT_ONCE) * n_in, 2, kind.n_bytes) * (
         n_groups * max(1.0, n_out / _ROWS_AT_ONCE)
     )
@@ -221,26 +226,22 @@ def transform_work(preparers: Sequence[AnyPreparer], members: Sequence[LayerPlan
 
 def _feedback(n_out: int, n_in: int, kind: Precision) -> Work:
     """feedback.feed_back: products above the diagonal, and a loop over the columns."""
-    wide = kind.n_bytes / 4
-    passes = -(-n_out // _ROWS_AT_ONCE)
-    loop: Mapping[str, float] = {
-        "feed_column": n_in * passes,
-        "feed_number": wide * n_in * n_out,
-    }
-    return Work.of(**{kind.product: float(n_out) * n_in**2}, **loop)
+    return Work.of(**{kind.product: float(n_out) * n_in**2}, **_loop("feed", n_out, n_in, kind))
 
 
 def _descent(n_out: int, n_in: int, kind: Precision) -> Work:
     """polish.descend: the gradient, products below the diagonal, and a loop over the columns."""
-    wide = kind.n_bytes / 4
+    products = {kind.product: 3.0 * n_out * n_in**2}
+    work = Work.of(**products, **_loop("descend", n_out, n_in, kind))
+    return work + numbers(n_in**2, 2, kind.n_bytes)
+
+
+def _loop(what: str, n_out: int, n_in: int, kind: Precision) -> Mapping[str, float]:
+    """Columns, and numbers of columns, that are taken one by one."""
+    wide = kind.n_bytes / 4 if n_in <= _FLOAT64_TO else _COMPILED_RUNS
     passes = -(-n_out // _ROWS_AT_ONCE)
-    loop: Mapping[str, float] = {
-        "descend_column": n_in * passes,
-        "descend_number": wide * n_in * n_out,
-    }
-    return Work.of(**{kind.product: 3.0 * n_out * n_in**2}, **loop) + numbers(
-        n_in**2, 2, kind.n_bytes
-    )
+    columns = n_in * passes * (1.0 if n_in <= _FLOAT64_TO else _COMPILED_RUNS)
+    return {f"{what}_column": columns, f"{what}_number": wide * n_in * n_out}
 
 
 def _triangle(n: int) -> float:

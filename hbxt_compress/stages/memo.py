@@ -15,9 +15,14 @@ __all__ = ["Memo"]
 
 
 class Memo:
-    """Of one batch. Outputs are known of modules that multiply, the outermost that were passed."""
+    """Of one batch. Outputs are known of modules that multiply, the outermost that were passed.
 
-    def __init__(self) -> None:
+    largest: numbers of an output that is kept. All batches' hidden features of a feed-forward net
+    would take more memory than the block's weights, so they are computed again.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
         self._known: dict[str, Tensor] = {}
 
     @contextmanager
@@ -36,7 +41,11 @@ class Memo:
                     stack.callback(module.__delattr__, "forward")
                 stack.callback(module.register_forward_hook(_noting(path, found)).remove)
             yield
-        self._known = {path: output for path, output in found.items() if output is not None}
+        self._known = {
+            path: output
+            for path, output in found.items()
+            if output is not None and output.numel() <= self._largest
+        }
 
 
 def _giving(output: Tensor) -> Callable[..., Tensor]:

@@ -22,6 +22,7 @@ from hbxt_compress.algorithms.transform import Transform
 from hbxt_compress.chain import Chain, layer_at
 from hbxt_compress.errors import CalibrationError, SourceError, listing
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.heap import give_back
 from hbxt_compress.layers import LayerName, Pair
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of
@@ -181,6 +182,8 @@ def _group(
     if needs:
         need: Need = "covariance" if "covariance" in needs else "moments"
         inputs = sides.inputs(station.piece, group[:1], need)[group[0]]
+        if sides.full.is_large:
+            give_back()
         choose = partial(input_transform, station, group, planned, inputs, prepare)
         how, transform = ranks.by_first(choose)
     tasks = []

@@ -7,7 +7,8 @@ boundary are kept and, inside a block of a large model, what its modules gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from hbxt_compress.stats import WIDEST, LayerInputs, LayerStats, Need
 __all__ = ["HEAD", "TAIL", "Batch", "SideBySide"]
 
 HEAD, TAIL = "head", "tail"
+_ROWS_AT_ONCE = 2048  # of an input, before they are added to sums that may take 0.8 GB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,19 @@ class _Sums:
 
     stats: LayerStats
     places: list[tuple[bool, int]] = field(default_factory=list)
+    waiting: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+
+    def add(self, x: Tensor, y: Tensor, weight: float, place: tuple[bool, int]) -> None:
+        """Adds a batch, or lets it wait for others."""
+        self.places.append(place)
+        self.waiting.append((x, y, weight))
+        if sum(x.shape[:-1].numel() for x, _, _ in self.waiting) >= _ROWS_AT_ONCE:
+            self.settle()
+
+    def settle(self) -> None:
+        """Adds what waits."""
+        self.stats.add_all(self.waiting, shift_I=self.stats.shift_I)
+        self.waiting.clear()
 
     def summed_up(self, ranks: Ranks) -> LayerStats:
         """Those of all ranks."""
@@ -149,17 +164,23 @@ class SideBySide:
                     begun = True
                 for module, (x, y) in rows.items():
                     sums = found[module][held_out and x.shape[-1] <= WIDEST]
-                    sums.places.append((held_out, place))
-                    try:
-                        with products_for(self.full):
-                            sums.stats.add(x, y, batch.weight, shift_I=sums.stats.shift_I)
-                    except ValueError as error:
-                        raise CalibrationError(
-                            f"{module}: {error}; no statistics can be had"
-                        ) from None
+                    with self._adding(module):
+                        sums.add(x, y, batch.weight, (held_out, place))
             if not begun:
                 self._begin(found, empty, chosen[0], held_out, None)
+        for module, sides in found.items():
+            for sums in sides.values():
+                with self._adding(module):
+                    sums.settle()
         return {module: self._inputs(module, sides) for module, sides in found.items()}
+
+    @contextmanager
+    def _adding(self, module: str) -> Iterator[None]:
+        try:
+            with products_for(self.full):
+                yield
+        except ValueError as error:
+            raise CalibrationError(f"{module}: {error}; no statistics can be had") from None
 
     def _chosen(self, held_out: bool, thin: int) -> list[int]:
         """Places, among those of all ranks, of the batches that are run."""
@@ -219,8 +240,11 @@ class SideBySide:
         named = {module: chain.module.get_submodule(module) for module in modules}
         if not chain.is_large or piece in (HEAD, TAIL) or len(named) > 1:
             return watch(named, lambda: self._run(chain, piece, index))
-        memo = self._memos.setdefault((chain is self.half, index), Memo())
-        with memo.used(chain.blocks[int(piece)]):
+        key = chain is self.half, index
+        if key not in self._memos:
+            hidden = self._carries[index][0].hidden
+            self._memos[key] = Memo(largest=2 * hidden.numel())
+        with self._memos[key].used(chain.blocks[int(piece)]):
             return watch(named, lambda: self._run(chain, piece, index))
 
     def begin_anew(self, chain: Chain) -> None:

@@ -52,6 +52,7 @@ def walk(
         if component not in family.chained:
             continue
         full, half = (family.streamed(source, component, device) for _ in range(2))
+        half.share(full)
         if component == "text_encoder":
             numbered = text_batches(trajectories, n_held_out)
             batches = [batch for _, batch in numbered]

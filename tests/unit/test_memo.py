@@ -45,7 +45,7 @@ class _Pair(nn.Module):
 
 def test_what_was_passed_is_not_computed_again_but_for_modules_called_twice() -> None:
     torch.manual_seed(0)
-    pair, memo, x = _Pair(), Memo(), torch.randn(2, 4)
+    pair, memo, x = _Pair(), Memo(largest=8), torch.randn(2, 4)
     expected = pair(x)
     pair.called.clear()
     with memo.used(pair):
@@ -60,6 +60,15 @@ def test_what_was_passed_is_not_computed_again_but_for_modules_called_twice() ->
     assert pair.called[4:] == ["twice", "twice", "end"]
     assert torch.equal(pair(x), expected)
     assert pair.called[7:9] == ["one.0", "one.2"]
+
+
+def test_larger_outputs_are_computed_again() -> None:
+    pair, memo, x = _Pair(), Memo(largest=7), torch.randn(2, 4)
+    for _ in range(2):
+        with memo.used(pair):
+            pair(x)
+        assert memo._known == {}
+    assert pair.called[5:] == pair.called[:5]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from hbxt_compress.algorithms import scales
+from hbxt_compress.algorithms.compiled import Compiled
 from hbxt_compress.algorithms.grid import Grid
 from hbxt_compress.algorithms.rtn import Rtn
 from hbxt_compress.algorithms.scales import search_scales
@@ -401,12 +402,11 @@ def test_a_machine_without_a_compiler_is_told_what_it_costs(
     def refuse(*_: object, **__: object) -> object:
         raise RuntimeError("no working C++ compiler")
 
-    scales._compile.cache_clear()
+    monkeypatch.setattr(scales, "_CODE", Compiled("scales of large weights are searched"))
     monkeypatch.setattr(scales, "_EAGER_UP_TO", 0)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refuse)
     weight_OI = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     grid = search_scales(weight_OI, FORMATS["int4-g64"])
-    scales._compile.cache_clear()
     assert "no working C++ compiler" in caplog.text
     monkeypatch.undo()
     assert torch.equal(grid.scales_OG, search_scales(weight_OI, FORMATS["int4-g64"]).scales_OG)
