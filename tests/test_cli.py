@@ -140,7 +140,7 @@ def test_plan_tells_every_fate_and_the_sizes(hbxt: Run, micro_wan: Path) -> None
     sizes = planned["components"]["transformer"]
     assert sizes["after"] < sizes["before"]
     formats = {layer["weights"] for layer in planned["layers"]}
-    assert formats == {"int4-g128", "fp16"}
+    assert formats == {"int4-g128", "int4-row-g128", "fp16"}
     assert all(layer["reason"] for layer in planned["layers"])
 
 

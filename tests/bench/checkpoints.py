@@ -31,7 +31,7 @@ from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
 
 from hbxt_compress.source import BUILTIN, locate  # noqa: E402
 
-__all__ = ["TEXT_ENCODERS", "TRANSFORMERS", "Checkpoint", "write_checkpoint"]
+__all__ = ["TEXT_ENCODERS", "TRANSFORMERS", "VAES", "Checkpoint", "write_checkpoint"]
 
 _VERSION = 1  # of the numbers and the layout: part of the stamp
 _STAMP = ".stamp"  # no .json: what lies beside weights as JSON is hashed as part of the model
@@ -70,6 +70,17 @@ TEXT_ENCODERS: Mapping[str, Mapping[str, int]] = {
 }  # fmt: skip
 """A width that is not given is the transformer's text_dim."""
 
+VAES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {},
+    "wan2.2": {
+        "base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+        "attn_scales": [], "temperal_downsample": [False, True, True], "is_residual": True,
+        "in_channels": 12, "out_channels": 12, "patch_size": 2,
+        "scale_factor_temporal": 4, "scale_factor_spatial": 16,
+    },
+}  # fmt: skip
+"""What differs from the built-in model's; channels of latents are the transformer's."""
+
 _GENERATION = {
     "height": 64, "width": 64, "num_frames": 5, "fps": 8,
     "num_inference_steps": 4, "guidance_scale": 5.0, "max_sequence_length": 16,
@@ -78,10 +89,11 @@ _GENERATION = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Which folder: sizes by name (a key of TRANSFORMERS, one of TEXT_ENCODERS), and the seed."""
+    """Which folder: sizes by name (of TRANSFORMERS, TEXT_ENCODERS and VAES), and the seed."""
 
     transformer: str
     text_encoder: str = "tiny"
+    vae: str = "tiny"
     seed: int = 0
 
     def modules(self) -> dict[str, nn.Module]:
@@ -98,7 +110,8 @@ class Checkpoint:
                 f"text encoder {self.text_encoder} gives {text['d_model']} features, transformer "
                 f"{self.transformer} takes {size.text_dim}: choose two that fit"
             )
-        vae = locate(BUILTIN, hashed=False).config("vae/config.json") | {
+        vae = locate(BUILTIN, hashed=False).config("vae/config.json")
+        vae |= _look_up(VAES, self.vae, "vae") | {
             "z_dim": size.channels,
             "latents_mean": [0.0] * size.channels,
             "latents_std": [1.0] * size.channels,
@@ -211,10 +224,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--transformer", choices=TRANSFORMERS, default="0.3B")
     parser.add_argument("--text-encoder", choices=TEXT_ENCODERS, default="tiny")
+    parser.add_argument("--vae", choices=VAES, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     which = Checkpoint(
-        transformer=asked.transformer, text_encoder=asked.text_encoder, seed=asked.seed
+        transformer=asked.transformer,
+        text_encoder=asked.text_encoder,
+        vae=asked.vae,
+        seed=asked.seed,
     )
     write_checkpoint(asked.folder, which)
 

@@ -56,6 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (Checkpoint(transformer="1.3B"), "transformer", 1_418_996_800),
         (Checkpoint(transformer="5B"), "transformer", 4_999_787_712),
         (Checkpoint(transformer="5B", text_encoder="umt5-xxl"), "text_encoder", 5_680_910_336),
+        (Checkpoint(transformer="5B", vae="wan2.2"), "vae", 704_688_668),
     ],
 )
 def test_published_sizes_are_exact(which: Checkpoint, folder: str, count: int) -> None:
