@@ -12,8 +12,10 @@ VENV ?= .venv
 EXTRA ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0 torchvision==0.28.0
-# of bench-scale's random checkpoints; 5B needs 10 GB of disk for the checkpoint, as much for results
+# of bench-scale's random checkpoints; 5B needs 10 GB of disk for the checkpoint, as much for results,
+# and two hours with the calibrated recipe; TI2V-5B, with UMT5-XXL and VAE, 40 GB
 SIZES ?= 0.3B 1.3B 5B
+SCALED ?= w4a16-fast w4a16
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -78,7 +80,7 @@ bench-quality: $(VENV)/installed ## this project's recipes against the other too
 	$(BIN)/python tests/bench/quality.py
 
 bench-scale: $(VENV)/installed ## time and memory at SIZES against the machine's floor: build/bench/scale.{json,md,svg}
-	$(BIN)/python tests/bench/scale.py --sizes $(SIZES) --out $(BUILD)/bench
+	$(BIN)/python tests/bench/scale.py --sizes $(SIZES) --recipes $(SCALED) --out $(BUILD)/bench
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json

@@ -31,7 +31,7 @@ from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
 
 from hbxt_compress.source import BUILTIN, locate  # noqa: E402
 
-__all__ = ["TEXT_ENCODERS", "TRANSFORMERS", "VAES", "Checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINTS", "TEXT_ENCODERS", "TRANSFORMERS", "VAES", "Checkpoint", "write_checkpoint"]
 
 _VERSION = 1  # of the numbers and the layout: part of the stamp
 _STAMP = ".stamp"  # no .json: what lies beside weights as JSON is hashed as part of the model
@@ -150,6 +150,13 @@ class Checkpoint:
     @property
     def _flow_shift(self) -> float:
         return TRANSFORMERS[self.transformer].flow_shift
+
+
+CHECKPOINTS = {
+    **{name: Checkpoint(transformer=name) for name in TRANSFORMERS},
+    "TI2V-5B": Checkpoint(transformer="5B", text_encoder="umt5-xxl", vae="wan2.2"),
+}
+"""Folders by name: a transformer beside toys, or the whole of Wan2.2-TI2V-5B."""
 
 
 def write_checkpoint(folder: Path, which: Checkpoint, *, shard_bytes: int = 5 * 10**9) -> Path:

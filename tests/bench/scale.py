@@ -1,6 +1,6 @@
 """How a run's time and memory grow with the model, against what the machine could do at best.
 
-    python tests/bench/scale.py [--sizes 0.3B 1.3B 5B] [--recipes w4a16-fast] [--out build/bench]
+    python tests/bench/scale.py [--sizes 0.3B 1.3B 5B] [--recipes w4a16-fast w4a16] [--out DIR]
 
 For each size a checkpoint of random weights in the published shapes is quantized by
 `python -m hbxt_compress quantize` in a process of its own, from an empty store and with the
@@ -28,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoints import TEXT_ENCODERS, TRANSFORMERS, Checkpoint, write_checkpoint
+from checkpoints import CHECKPOINTS, write_checkpoint
 from machine_floor import MachineFloor, Work, measure_floor
 from scale_pages import write_markdown, write_svg
 from scale_recipes import on_clips
@@ -199,10 +199,9 @@ def stored_bytes(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--sizes", nargs="+", choices=TRANSFORMERS, metavar="SIZE", default=["0.3B", "1.3B", "5B"]
+        "--sizes", nargs="+", choices=CHECKPOINTS, metavar="SIZE", default=["0.3B", "1.3B", "5B"]
     )
-    parser.add_argument("--recipes", nargs="+", default=["w4a16-fast"])
-    parser.add_argument("--text-encoder", choices=TEXT_ENCODERS, default="tiny")
+    parser.add_argument("--recipes", nargs="+", default=["w4a16-fast", "w4a16"])
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     parser.add_argument("--limit", type=float, help="minutes after which a run is stopped")
     parser.add_argument("--most-memory", type=float, help="GB at which a run is stopped")
@@ -212,17 +211,15 @@ def main() -> None:
     log.setLevel(logging.INFO)
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    text = "" if asked.text_encoder == "tiny" else f"-{asked.text_encoder}"
     rows: list[Row] = []
     for size in asked.sizes:
-        which = Checkpoint(transformer=size, text_encoder=asked.text_encoder)
         log.info("%s: checkpoint", size)
-        folder = write_checkpoint(out / "checkpoints" / f"{size}{text}", which)
+        folder = write_checkpoint(out / "checkpoints" / size, CHECKPOINTS[size])
         for name in asked.recipes:
             log.info("%s: %s", size, name)
-            recipe, place = name, out / "scale" / f"{size}{text}-{Path(name).stem}"
+            recipe, place = name, out / "scale" / f"{size}-{Path(name).stem}"
             if _calibrated(load_recipe(name)) and load_recipe(name).name == name:
-                recipe = str(on_clips(name, out / "scale" / "recipes" / f"{size}{text}", folder))
+                recipe = str(on_clips(name, out / "scale" / "recipes" / size, folder))
             floor = measure_floor(out)
             run = Run(place, folder, recipe)
             row = run.row(
@@ -230,7 +227,7 @@ def main() -> None:
                 most_seconds=asked.limit and 60 * asked.limit,
                 most_memory=asked.most_memory and 1e9 * asked.most_memory,
             )
-            rows.append({"model": f"{size}{text}", **row})
+            rows.append({"model": size, **row})
             if not asked.keep:
                 run.clear()
             (out / "scale.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
