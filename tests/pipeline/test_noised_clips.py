@@ -57,7 +57,8 @@ def test_manifest_and_report_say_what_was_shown(
     manifest = Artifact.open(artifact).manifest
     rounded = [layer for layer in manifest.layers if layer.format.startswith("int")]
     assert len(rounded) > 20
-    assert all(layer.held_out is not None and layer.held_out < 0.2 for layer in rounded)
+    by_inputs = [layer for layer in rounded if layer.name != "text_encoder/shared"]
+    assert all(layer.held_out is not None and layer.held_out < 0.2 for layer in by_inputs)
     shown = manifest.recipe["calibration"]
     assert shown["text"] == _LINE
     assert [len(digest) for digest in shown["clips"]] == [64] * 3
