@@ -1,6 +1,6 @@
 """Compiled: a function of tensors made one pass over them by torch.compile, if there is a compiler.
 
-Results differ from those of the function itself in the last bits.
+Results may differ from those of the function itself in the last bits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, MethodType):
         return MethodType(_alone(function.__func__), function.__self__)
     copied = FunctionType(
-        function.__code__.replace(), function.__globals__, closure=function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        argdefs=function.__defaults__,
+        closure=function.__closure__,
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied

@@ -74,8 +74,8 @@ def refit_scales(
         slope_OI = slopes(target_OI, levels_OI, grid, hessian_II)
     parts = [one.split(_ROWS_AT_ONCE) for one in (unit_OI, slope_OI, grid.scales_OG)]
     fitted = [
-        _fitted(units, slopes, scales, hessian_II)
-        for units, slopes, scales in zip(*parts, strict=True)
+        _fitted(units, slope, scales, hessian_II)
+        for units, slope, scales in zip(*parts, strict=True)
     ]
     scales_OG = torch.cat([scales for scales, _ in fitted])
     return replace(grid, scales_OG=scales_OG), torch.cat([gain_O for _, gain_O in fitted])

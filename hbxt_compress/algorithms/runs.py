@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hbxt_compress.algorithms.compiled import Compiled
 
-__all__ = ["RUN", "Fed", "Moved", "feed", "move"]
+__all__ = ["RUN", "FedRun", "MovedRun", "feed", "move"]
 
 RUN = 16
 """columns of a run: compiling takes as the square of them"""
@@ -27,7 +27,7 @@ _Run = Callable[..., tuple[Tensor, ...]]
 _Columns = Callable[..., tuple[Tensor, ...]]
 
 
-class Fed(NamedTuple):
+class FedRun(NamedTuple):
     """Of a run: units, levels less zeros; errors, goal less value; away, what feedback left."""
 
     units_RO: Tensor
@@ -35,7 +35,7 @@ class Fed(NamedTuple):
     away_RO: Tensor
 
 
-class Moved(NamedTuple):
+class MovedRun(NamedTuple):
     """Of a run: new units; moves, what was added to values; by how much the loss fell."""
 
     units_RO: Tensor
@@ -45,26 +45,26 @@ class Moved(NamedTuple):
 
 def feed(
     work_RO: Tensor, goal_RO: Tensor, unit_RR: Tensor, grid_RO: Sequence[Tensor], n_inputs: int
-) -> Fed:
+) -> FedRun:
     """Rounds each column of `work`, and adds its error times a row of `unit` to those after it.
 
     grid: scales, least and largest units. n_inputs: of the layer, of which these are some. `work`
     is not the caller's any more.
     """
     given = work_RO, goal_RO, unit_RR.contiguous(), *grid_RO
-    return Fed(*_code(_feed, work_RO, n_inputs)(*given))
+    return FedRun(*_code(_feed, work_RO, n_inputs)(*given))
 
 
 def move(
     gradient_RO: Tensor, units_RO: Tensor, own_RR: Tensor, grid_RO: Sequence[Tensor], n_inputs: int
-) -> Moved:
+) -> MovedRun:
     """Puts each column's units where the loss is least, and takes the move off later gradients.
 
     gradient: e H of the columns, e the error; own: their part of H. The rest as in `feed`; the
     gradient is not the caller's any more.
     """
     given = gradient_RO, units_RO, own_RR.contiguous(), *grid_RO
-    return Moved(*_code(_move, gradient_RO, n_inputs)(*given))
+    return MovedRun(*_code(_move, gradient_RO, n_inputs)(*given))
 
 
 def _code(function: _Run, one_RO: Tensor, n_inputs: int) -> _Columns:
