@@ -1,7 +1,7 @@
 """Heap: gives memory that was freed back to the system.
 
 The C library keeps blocks of up to 32 MB for later. Beside matrices of a gigabyte that later does
-not come: of a model of five billion parameters it would hold a gigabyte for nothing.
+not come, and a run would hold them for nothing.
 """
 
 from __future__ import annotations

@@ -270,18 +270,14 @@ class Gptq(Settings):
         least = _LEAST_GAIN if target_OI.dtype == torch.float32 else 0.0
         for n_done in range(polish):
             before = loss_O
-            if self.refit and n_done == 0:
-                slope_OI = factor.slopes(fed.away_IO)
-                if bool(plain_O.any()):
-                    rows = target_OI[plain_O], levels_OI[plain_O], grid.rows(plain_O), hessian_II
-                    slope_OI[plain_O] = slopes(*rows)
+            if self.refit:
+                slope_OI = None
+                if n_done == 0:  # feedback has done half of the product already
+                    slope_OI = _slopes_left(fed, target_OI, levels_OI, grid, problem, plain_O)
                 grid, gain_O = refit_scales(target_OI, levels_OI, grid, hessian_II, slope_OI)
-                levels_OI, loss_O, _ = _nearer(
-                    target_OI, problem, grid, levels_OI, loss_O - gain_O.to(loss_O)
-                )
-            elif self.refit:
-                grid, gain_O = refit_scales(target_OI, levels_OI, grid, hessian_II)
                 loss_O = loss_O - gain_O.to(loss_O)
+                if n_done == 0:
+                    levels_OI, loss_O, _ = _nearer(target_OI, problem, grid, levels_OI, loss_O)
             levels_OI, gain_O = descend(target_OI, levels_OI, grid, hessian_II, factor.order_I)
             loss_O = loss_O - gain_O.to(loss_O)
             if float(loss_O.sum()) >= (1 - least) * float(before.sum()):
@@ -308,6 +304,22 @@ def _nearer(
     wins_O = fed.loss_O < loss_O
     levels_OI = torch.where(wins_O[:, None], fed.levels_OI, levels_OI)
     return levels_OI, torch.where(wins_O, fed.loss_O, loss_O), fed
+
+
+def _slopes_left(
+    fed: Fed,
+    target_OI: Tensor,
+    levels_OI: Tensor,
+    grid: Grid,
+    problem: Problem,
+    plain_O: Tensor,
+) -> Tensor:
+    """e H, O I, of the levels that feedback found, but for plain rows, which have others."""
+    slope_OI = problem.factor.slopes(fed.away_IO)
+    if bool(plain_O.any()):
+        rows = target_OI[plain_O], levels_OI[plain_O], grid.rows(plain_O)
+        slope_OI[plain_O] = slopes(*rows, problem.hessian_II)
+    return slope_OI
 
 
 def _checked(weight_OI: Tensor, inputs: LayerInputs | None) -> Tensor:
