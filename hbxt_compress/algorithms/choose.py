@@ -103,22 +103,27 @@ def output_error(weight_OI: Tensor, rounded_OI: Tensor, inputs: LayerInputs) -> 
 
 
 def estimated_losses(
-    weights: Sequence[Tensor], inputs: LayerInputs, fmts: Sequence[Sequence[WeightFormat]]
+    weights: Sequence[Tensor], slices: Sequence[LayerInputs], fmts: Sequence[Sequence[WeightFormat]]
 ) -> list[list[float]]:
     """The (W - Q) H (W - Q)^T on held-out rows that rounding with feedback would leave.
 
-    weights: O I of layers of one input, and for each the formats in question. The sum over outputs,
-    H as in `output_error`. A format's low-rank branch is split off first, weighted by the inputs'
-    variance.
+    weights: O I of layers of one input, and for each the formats in question. slices: what is known
+    of the input, in order; between them nothing is fed back. The sum over outputs, H as in
+    `output_error`. A format's low-rank branch is split off first, weighted by the inputs' variance.
     """
-    price = _Price.of(inputs)
+    prices = [_Price.of(one) for one in slices]
+    price = _Price(
+        fit_I=torch.cat([one.fit_I for one in prices]),
+        held_out_I=torch.cat([one.held_out_I for one in prices]),
+    )
+    power_I = torch.cat([channel_power(one) for one in slices])
     losses = []
     for weight_OI, own in zip(weights, fmts, strict=True):
         found = []
         for fmt in own:
             rest_OI = weight_OI.float()
             if fmt.rank:
-                low_rank = split_low_rank(weight_OI, channel_power(inputs), fmt.rank)
+                low_rank = split_low_rank(weight_OI, power_I, fmt.rank)
                 rest_OI = (weight_OI.double() - branch(low_rank)).float()
             found.append(_estimate(rest_OI, fmt, price, 1.0))
         losses.append(found)

@@ -50,7 +50,7 @@ __all__ = [
     "read_damages",
 ]
 
-VERSION = 4
+VERSION = 5
 FACTS = ("torch", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 N_PROMPTS = 12  # of the trajectories, evenly spread: a sensitivity needs fewer rows than rounding

@@ -32,8 +32,8 @@ from hbxt_compress.stats import LayerInputs, LayerStats
 __all__ = ["SLICE", "WEIGHTS", "WHOLE", "Sensitivity", "arrive", "leave"]
 
 _EVEN = "int4-g64"  # the format whose steps an even error has
-WHOLE = 4096  # inputs of which a covariance of float64 is affordable
-SLICE = 2048  # inputs, where there are more: their covariance in diagonal blocks
+WHOLE = 2048  # inputs whose covariance is gathered and factored as one
+SLICE = 1024  # inputs, where there are more: diagonal blocks of it, for a third of the time
 WEIGHTS = 1 << 20  # of a layer that are rounded for an estimate, in evenly spaced rows
 
 
@@ -153,22 +153,20 @@ class _Gathered:
             except ValueError as error:
                 raise CalibrationError(f"{self._name}: {error}; no statistics can be had") from None
 
-    def inputs(self, *, takes_bias: bool) -> list[tuple[slice, LayerInputs]]:
-        """Columns, and what is known of them."""
+    def inputs(self, *, takes_bias: bool) -> list[LayerInputs]:
+        """What is known of each slice."""
         if len(self._sides) < 2:
             raise CalibrationError(f"{self._name}: no calibration rows; give more prompts")
         return [
-            (columns, LayerInputs(fit=fit, held_out=held_out, takes_bias=takes_bias))
-            for columns, fit, held_out in zip(
-                self._slices, self._sides[False], self._sides[True], strict=True
-            )
+            LayerInputs(fit=fit, held_out=held_out, takes_bias=takes_bias)
+            for fit, held_out in zip(self._sides[False], self._sides[True], strict=True)
         ]
 
 
 def _left(
-    layers: Mapping[str, tuple[nn.Linear, Choice]], parts: Sequence[tuple[slice, LayerInputs]]
+    layers: Mapping[str, tuple[nn.Linear, Choice]], slices: Sequence[LayerInputs]
 ) -> dict[str, Sensitivity]:
-    """Of layers of one input, of whose columns the parts tell."""
+    """Of layers of one input, of whose slices the statistics are."""
     fmts = [
         [FORMATS[name] for name in choice.formats if name not in FULL_PRECISION]
         for _, choice in layers.values()
@@ -177,25 +175,24 @@ def _left(
         _some_rows(layer.weight.data.flatten(1).float(), own)
         for (layer, _), own in zip(layers.values(), fmts, strict=True)
     ]
-    powers = [_even(weight_OI).double().sum(0) for weight_OI in weights]
-    even = [0.0] * len(weights)
-    losses = [[0.0] * len(own) for own in fmts]
-    for columns, inputs in parts:
-        assert inputs.held_out is not None
-        variance_I = inputs.held_out.hessian(centred=inputs.takes_bias).diagonal().double()
-        found = estimated_losses([one[:, columns] for one in weights], inputs, fmts)
-        for k, (weight_OI, power_G) in enumerate(zip(weights, powers, strict=True)):
-            power_I = power_G.repeat_interleave(weight_OI.shape[1] // len(power_G))
-            even[k] += float(power_I[columns] @ variance_I)
-            losses[k] = [sum(pair) for pair in zip(losses[k], found[k], strict=True)]
-    mean_I = torch.cat([inputs.fit.mean_y_I for _, inputs in parts]).float()
+    losses = estimated_losses(weights, slices, fmts)
+    variance_I = torch.cat([_variance(one) for one in slices])
+    mean_I = torch.cat([one.fit.mean_y_I for one in slices]).float()
     told: dict[str, Sensitivity] = {}
     for k, (name, (layer, choice)) in enumerate(layers.items()):
+        power_G = _even(weights[k]).double().sum(0)
+        even = float(power_G.repeat_interleave(len(variance_I) // len(power_G)) @ variance_I)
         left = {full: 0.0 for full in choice.formats if full in FULL_PRECISION}
         for fmt, loss in zip(fmts[k], losses[k], strict=True):
-            left[fmt.name] = loss / even[k] if even[k] > 0 else 0.0
+            left[fmt.name] = loss / even if even > 0 else 0.0
         told[name] = Sensitivity(left=left, mean_I=None if layer.bias is None else mean_I)
     return told
+
+
+def _variance(inputs: LayerInputs) -> Tensor:
+    """Of each input on held-out rows, float64 I."""
+    assert inputs.held_out is not None
+    return inputs.held_out.hessian(centred=inputs.takes_bias).diagonal().double()
 
 
 def _some_rows(weight_OI: Tensor, fmts: Sequence[WeightFormat]) -> Tensor:
