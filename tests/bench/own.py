@@ -1,6 +1,6 @@
 """This project's recipes in the bench: their artifacts, judged as the runtime opens them.
 
-The bench compares the transformer's blocks, so the text encoder stays as it is: its rule is taken
+The bench compares the transformer's blocks, so the text encoder stays as it is: its rules are taken
 out of each recipe. What a recipe stores is counted against the artifact that quantizes nothing:
 everything its transformer holds more or less than that one's belongs to the blocks' weights.
 """
@@ -33,7 +33,7 @@ __all__ = ["OWN", "graph_velocity", "make"]
 
 # not w4a16-budget: its bytes are of the whole artifact, too few if the text encoder keeps 16 bit
 OWN = ("w4a16-fast", "w4a16", "w8a16", "w8a8", "w8a8-static")
-_TEXT_ENCODER = "text_encoder/encoder"
+_TEXT_ENCODER = ("text_encoder/encoder", "text_encoder/shared")
 _NIBBLES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 _DTYPE = onnx.helper.tensor_dtype_to_np_dtype
 

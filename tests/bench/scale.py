@@ -1,6 +1,6 @@
 """How a run's time and memory grow with the model, against what the machine could do at best.
 
-    python tests/bench/scale.py [--sizes 0.3B 1.3B 5B] [--recipes w4a16-fast w4a16] [--out DIR]
+    python tests/bench/scale.py [--sizes 0.3B 1.3B 5B] [--recipes w4a16-fast w4a16] [--add]
 
 For each size a checkpoint of random weights in the published shapes is quantized by
 `python -m hbxt_compress quantize` in a process of its own, from an empty store and with the
@@ -8,7 +8,7 @@ checkpoint out of the page cache. Writes scale.json, scale.md and scale.svg; a r
 killed becomes a row with `error`. The floor is the sum of what no run can leave out: reading and
 hashing the checkpoint once, searching a scale for every quantized weight, the products of
 calibration, hashing and writing the artifact once. Weights are random: nothing here is about
-quality. Checkpoints are kept, stores and artifacts only with --keep.
+quality. Checkpoints are kept, stores and artifacts only with --keep, earlier rows with --add.
 """
 
 from __future__ import annotations
@@ -206,12 +206,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="minutes after which a run is stopped")
     parser.add_argument("--most-memory", type=float, help="GB at which a run is stopped")
     parser.add_argument("--keep", action="store_true", help="keep stores and artifacts")
+    parser.add_argument("--add", action="store_true", help="keep other rows of scale.json")
     asked = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s")
     log.setLevel(logging.INFO)
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    written = out / "scale.json"
+    rows: list[Row] = json.loads(written.read_text()) if asked.add and written.exists() else []
     for size in asked.sizes:
         log.info("%s: checkpoint", size)
         folder = write_checkpoint(out / "checkpoints" / size, CHECKPOINTS[size])
@@ -227,10 +229,12 @@ def main() -> None:
                 most_seconds=asked.limit and 60 * asked.limit,
                 most_memory=asked.most_memory and 1e9 * asked.most_memory,
             )
+            rows = [r for r in rows if (r["model"], r["recipe"]) != (size, row["recipe"])]
             rows.append({"model": size, **row})
+            rows.sort(key=lambda r: (r.get("params", 0), r["model"], r["recipe"]))
             if not asked.keep:
                 run.clear()
-            (out / "scale.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            written.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             write_markdown(out / "scale.md", rows)
             write_svg(out / "scale.svg", rows)
     print((out / "scale.md").read_text(encoding="utf-8"))  # noqa: T201
