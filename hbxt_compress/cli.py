@@ -6,36 +6,31 @@ Heavy imports happen inside the commands, so that `hbxt --help` answers at once.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
+from hbxt_compress import ending
 from hbxt_compress.errors import (
-    DiskFull,
-    HbxtError,
+    CheckFailed,
     QualityGateFailed,
     QualityUndecided,
+    RuntimeUnavailable,
     UsageError,
 )
-from hbxt_compress.ranks import ALONE, Ranks
-from hbxt_compress.stopping import Stopped, stoppable
+from hbxt_compress.ranks import Ranks
 
 if TYPE_CHECKING:
     from hbxt_compress.runtime.session import Provider
 
 __all__ = [
-    "BUILTIN", "copy", "evaluate", "generate", "hbxt", "main", "plan", "quantize", "recipes",
-    "results", "show_recipe", "status", "verify",
+    "BUILTIN", "check", "copy", "doctor", "evaluate", "generate", "hbxt", "main", "plan",
+    "quantize", "recipes", "results", "show_recipe", "status", "verify",
 ]  # fmt: skip
 
 BUILTIN = "builtin/tiny-wan"
@@ -260,6 +255,46 @@ def verify(artifact: Path) -> None:
 
 
 @hbxt.command()
+@click.argument("path", type=_path, metavar="ARTIFACT|FILE.onnx")
+@click.option("--target", "targets", multiple=True, help="gfx1201, cpu, ...; may be repeated.")
+@click.option("--runtime", help="What must run it; default: migraphx, on the target cpu cpu.")
+@_json
+def check(path: Path, targets: tuple[str, ...], runtime: str | None, as_json: bool) -> None:
+    """Foretell what AMD's runtimes make of every node.
+
+    Of an artifact's graphs, or of any ONNX file: runs, slow, falls_back, misparsed, fails, with the
+    reason, by tables of what each runtime takes. Nothing is run. Exit 3: on a target something
+    fails or is misparsed, or so much falls back that the whole graph does.
+    """
+    from hbxt_compress import show
+    from hbxt_compress.graph.checking import check_targets
+
+    found = check_targets(path, targets, runtime)
+    show.checked(path, found, as_json)
+    if refused := [one.target for one in found if not one.passes]:
+        raise CheckFailed(f"{path} will not do on {', '.join(refused)}; see the table above")
+
+
+@hbxt.command()
+@click.option("--provider", type=_provider, help="What must work here, or the exit code is 1.")
+@_store
+@_json
+def doctor(provider: str | None, store: Path, as_json: bool) -> None:
+    """Look at this machine: what runs a graph, and what is in the way.
+
+    Wheels of ONNX Runtime and whether they clash, GPUs, ROCm, which providers really run two nodes,
+    memory and disk; each with a remedy. Exit 1 if something must be mended.
+    """
+    from hbxt_compress import show
+    from hbxt_compress.doctor import examine
+
+    found = examine(store, required=None if provider == "auto" else provider)
+    show.findings(found, as_json)
+    if n_bad := sum(one.state == "fails" for one in found):
+        raise RuntimeUnavailable(f"{n_bad} to be mended; see the table above")
+
+
+@hbxt.command()
 @click.argument("recipe")
 @_model
 @_store
@@ -305,75 +340,5 @@ def _promised_suite(recipe: object) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs and exits: 0 done, 1 failed, 2 bad input, 3 gate failed, 4 undecided, 130, 143 stopped.
-
-    130 is SIGINT, 143 SIGTERM; a second signal kills at once.
-    """
-    with stoppable():
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
-    sys.exit(code)
-
-
-def _run(given: list[str]) -> int:
-    ranks = ALONE
-    try:
-        ranks = Ranks.joined()
-        with nullcontext() if ranks.leads else redirect_stdout(StringIO()):
-            code = hbxt.main(given, prog_name="hbxt", standalone_mode=False, obj=ranks)
-            ranks.barrier()
-    except BaseException as error:
-        if ranks.world > 1:
-            _end_early(error, ranks, given)
-        return _failed(error, given)
-    ranks.end()
-    return code if isinstance(code, int) else 0
-
-
-def _failed(error: BaseException, given: Sequence[str]) -> int:
-    """Tells an error and returns the exit code; raises what is no error of the user's."""
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
-    if isinstance(error, Stopped | click.Abort | KeyboardInterrupt):
-        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        _tell([f"stopped by {stopped}", *_kept(error), "run the same command to continue"])
-        return stopped.exit_code
-    if not isinstance(error, HbxtError | OSError):
-        raise error
-    if "--debug" in given:
-        traceback.print_exception(error)
-    _tell([f"error: {error}"])
-    if (kept := _kept(error)) or isinstance(error, OSError | DiskFull):
-        _tell([*kept, "once this is mended, the same command continues"])
-    return error.exit_code if isinstance(error, HbxtError) else 1
-
-
-def _end_early(error: BaseException, ranks: Ranks, given: Sequence[str]) -> NoReturn:
-    """Ends one of several ranks; the first of them to come here tells what happened."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun asks the ranks of a failed run to end
-        signal.signal(number, signal.SIG_IGN)
-    if isinstance(error, Stopped) and (lost := ranks.lost()):
-        for note in _kept(error):
-            lost.add_note(note)
-        error = lost
-    code = 1
-    with nullcontext() if ranks.first_to_tell() else redirect_stderr(StringIO()):
-        try:
-            code = _failed(error, given)
-        except BaseException:
-            traceback.print_exc()
-    ranks.end()
-    sys.stderr.flush()
-    os._exit(code)  # what others still wait for would keep this process
-
-
-def _tell(parts: Sequence[str]) -> None:
-    """Prints one message on stderr, on a line of its own."""
-    for handler in logging.getLogger("hbxt_compress").handlers:
-        handler.close()  # ends a progress bar that is being drawn
-    click.echo("; ".join(parts), err=True)
-
-
-def _kept(error: BaseException) -> list[str]:
-    """What the store noted about a result that was being built."""
-    return list(vars(error).get("__notes__", ()))
+    """Runs and exits, see hbxt_compress.ending."""
+    ending.run(hbxt, sys.argv[1:] if arguments is None else arguments)

@@ -13,6 +13,7 @@ HbxtError                 1
 |-- ExportError           1   a graph could not be made, or differs from its model
 |-- HealthError           1   generated clips are black, constant or non-finite
 |-- RuntimeUnavailable    1   the execution provider asked for is not there
+|-- CheckFailed           3   a target's runtime will refuse or misread a graph
 `-- QualityGateFailed     3   a promise of the recipe is broken
     `-- QualityUndecided  4   too few clips to decide it
 
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 __all__ = [
     "ArtifactError",
     "CalibrationError",
+    "CheckFailed",
     "DiskFull",
     "ExportError",
     "HbxtError",
@@ -95,6 +97,10 @@ class HealthError(HbxtError):
 
 class RuntimeUnavailable(HbxtError):
     pass
+
+
+class CheckFailed(HbxtError):
+    exit_code = 3
 
 
 class QualityGateFailed(HbxtError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ from hbxt_compress.render.table import (
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
     from hbxt_compress.artifact import Artifact, Geometry
     from hbxt_compress.costs.prediction import Prediction
+    from hbxt_compress.doctor import Finding
+    from hbxt_compress.graph.checking import Check
+    from hbxt_compress.graph.judge import Judgement
     from hbxt_compress.plan import LayerPlan, Plan
     from hbxt_compress.recipe import Recipe
     from hbxt_compress.report import QualityReport
@@ -33,7 +37,9 @@ if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not instal
 __all__ = [
     "artifact",
     "as_json",
+    "checked",
     "clip",
+    "findings",
     "plan",
     "prediction",
     "recipes",
@@ -49,6 +55,9 @@ _COLOUR = {
     "undecided": "yellow",
     "done": "green",
     "partial": "yellow",
+    "ok": "green",
+    "note": "yellow",
+    "fails": "red",
 }
 
 
@@ -199,6 +208,72 @@ def clip(path: Path, n_frames: int, size: Geometry, providers: Sequence[str]) ->
     """Prints what was written, and what ran it."""
     what = f"{n_frames} frames, {size.width}x{size.height}, {size.fps:g} fps"
     _out().print(escape(f"{path}: {what}, on {', '.join(providers)}"), soft_wrap=True)
+
+
+def checked(path: Path, found: Sequence[Check], json_wanted: bool) -> None:
+    """Prints a row per target and runtime, then what does not just run on the one that counts."""
+    if json_wanted:
+        documents = [one.to_json() for one in found]
+        return as_json(documents[0] if len(documents) == 1 else documents)
+    columns = ("target", "runtime", ">runs", ">slow", ">falls back", ">misparsed", ">fails", "")
+    table = _table(*columns, title=f"check: {path}")
+    for one in found:
+        for name, judgement in one.runtimes.items():
+            counts = [
+                f"{n:,}" if n and judgement.runs_there else "" for n in judgement.counts().values()
+            ]
+            outcome, counted = _outcome(judgement), name == one.runtime
+            style = "bold" if counted else "dim"
+            table.add_row(one.target if counted else "", name, *counts, outcome, style=style)
+        table.add_section()
+    out = _out()
+    out.print(table)
+    told: set[str] = set()
+    for one in found:
+        for line in _reasons(one):
+            if line not in told:
+                out.print(escape(line), soft_wrap=True)
+            told.add(line)
+    unproven = sorted({r.runtime.name for c in found for r in c.runtimes.values() if _unproven(r)})
+    if unproven:
+        out.print(f"by source code alone, not tried on a card: {', '.join(unproven)}")
+    return None
+
+
+def _unproven(judgement: Judgement) -> bool:
+    return not judgement.runtime.verified
+
+
+def _outcome(judgement: Judgement) -> str:
+    if not judgement.runs_there:
+        return "not for this target"
+    if judgement.cliff:
+        return f"[red]takes nothing of {', '.join(judgement.cliff)}"
+    return "[green]passes" if judgement.passes else "[red]does not pass"
+
+
+def _reasons(one: Check) -> Iterator[str]:
+    """By verdict, operator and reason, of the runtime that counts: how many nodes, and some."""
+    counted = one.runtimes[one.runtime]
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for node in counted.nodes:
+        if node.verdict != "runs":
+            place = f"{node.file}: {node.node}" if node.node != node.op else node.file
+            found.setdefault((node.verdict, node.op, node.reason), []).append(place)
+    for (verdict, op, reason), places in found.items():
+        some = ", ".join(places[:2]) + (", ..." if len(places) > 2 else "")
+        yield f"{one.runtime}: {verdict}: {len(places)} x {op}: {reason} ({some})"
+
+
+def findings(found: Sequence[Finding], json_wanted: bool) -> None:
+    """Prints a row per finding of `hbxt doctor`."""
+    if json_wanted:
+        return as_json([asdict(one) for one in found])
+    table = _table("", "", "what", "what to do")
+    for one in found:
+        state = f"[{_COLOUR[one.state]}]{one.state}"
+        table.add_row(one.about, state, escape(one.what), escape(one.remedy))
+    return _out().print(table)
 
 
 def verified(found: Artifact) -> None:

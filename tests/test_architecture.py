@@ -61,6 +61,7 @@ ROWS = (
     {"pipeline"},
     {"smoke"},
     {"show", "progress", "stopping", "doctor", "reference"},
+    {"ending"},
     {"cli", "__init__"},
     {"__main__"},
 )
@@ -78,15 +79,16 @@ SIDEWAYS = {
     ("formats", "graph"): "a format emits its own nodes with graph.builder",
     ("graph", "formats"): "export asks each weight's format for its nodes",
     ("models", "graph"): "a family describes its graphs with graph.builder",
+    ("show", "doctor"): "what it found is shown",
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
 RUNTIME_MAY_USE = {"artifact", "sampler", "clips", "errors"}
 
 # library -> the only places that may import it
 HOMES = {
-    "click": {"cli"},
+    "click": {"cli", "ending"},
     "rich": {"show", "progress"},
-    "pydantic": {"strict", "recipe", "suite", "prompts", "algorithms", "store"},
+    "pydantic": {"strict", "recipe", "suite", "prompts", "algorithms", "store", "graph"},
     "pydantic_core": {"strict"},
     "yaml": {"yaml_text"},
     "filelock": {"store"},
