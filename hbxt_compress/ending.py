@@ -27,24 +27,34 @@ __all__ = ["run"]
 
 def run(command: click.Command, given: Sequence[str]) -> NoReturn:
     """Runs a command line and exits; a second signal kills at once."""
-    with stoppable():
-        code = _run(command, list(given))
+    with stoppable() as stopped:
+        code = _run(command, list(given), stopped)
     sys.exit(code)
 
 
-def _run(command: click.Command, given: list[str]) -> int:
+def _run(command: click.Command, given: list[str], stopped: Sequence[Stopped]) -> int:
     ranks = ALONE
     try:
         ranks = Ranks.joined()
         with nullcontext() if ranks.leads else redirect_stdout(StringIO()):
             code = command.main(given, prog_name="hbxt", standalone_mode=False, obj=ranks)
             ranks.barrier()
-    except BaseException as error:
+    except BaseException as ended:
+        error = _as_stopped(ended, stopped)
         if ranks.world > 1:
             _end_early(error, ranks, given)
         return _failed(error, given)
     ranks.end()
     return code if isinstance(code, int) else 0
+
+
+def _as_stopped(ended: BaseException, stopped: Sequence[Stopped]) -> BaseException:
+    """What ended a run: the signal, if one came, whatever it was turned into on its way up."""
+    if not stopped or ended is stopped[0]:
+        return ended
+    for note in _kept(ended):
+        stopped[0].add_note(note)
+    return stopped[0]
 
 
 def _failed(error: BaseException, given: Sequence[str]) -> int:

@@ -28,23 +28,28 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, the first signal raises Stopped and a second one kills; a signal ignored stays so."""
+def stoppable() -> Iterator[list[Stopped]]:
+    """Inside, the first signal raises Stopped and a second one kills; a signal ignored stays so.
+
+    Gives what was raised, for libraries' C code may turn it into an error of its own on the way.
+    """
+    raised: list[Stopped] = []
     if threading.current_thread() is not threading.main_thread():  # only that one gets signals
-        yield
+        yield raised
         return
     before = {one: signal.getsignal(one) for one in _SIGNALS}
 
     def stop(number: int, _: FrameType | None) -> None:
         for one in _SIGNALS:
             signal.signal(one, signal.SIG_DFL)
-        raise Stopped(number)
+        raised.append(Stopped(number))
+        raise raised[-1]
 
     for one, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(one, stop)
     try:
-        yield
+        yield raised
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)

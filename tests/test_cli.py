@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 
-from hbxt_compress import cli, library, pipeline
+from hbxt_compress import cli, ending, library, pipeline
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.costs import prediction
 from hbxt_compress.costs.work import KINDS, Rates
@@ -388,3 +392,22 @@ def test_evaluate_takes_the_suite_that_the_recipe_promises_on(
     assert [suite.name for suite in asked] == ["tiny"]  # type: ignore[attr-defined]
     assert hbxt("evaluate", artifact, "--suite", "tyni") == 2
     assert "unknown suite 'tyni' (did you mean 'tiny'?)" in hbxt.err
+
+
+def test_a_stop_that_a_library_turned_into_its_own_error_is_told_as_a_stop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @click.command()
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except BaseException:
+            wrong = ValueError("could not determine the shape of object")
+            wrong.add_note("1 of 4 pieces are finished")
+            raise wrong from None
+
+    with pytest.raises(SystemExit) as ended:
+        ending.run(command, [])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; 1 of 4 pieces are finished; run" in capsys.readouterr().err

@@ -13,7 +13,31 @@ from typing import Final
 
 import onnx_ir as ir
 
-__all__ = ["TRAITS", "Seen"]
+__all__ = [
+    "TRAITS",
+    "Seen",
+    "blocked",
+    "codes_of_other_shape",
+    "dynamic_shape",
+    "for_integers",
+    "grouped",
+    "has_functions",
+    "in_subgraph",
+    "keys_in_other_order",
+    "more_than_four_axes",
+    "no_zero_point",
+    "odd_four_bits",
+    "of_weight",
+    "one_block",
+    "scale_at_run_time",
+    "scales_of_other_type",
+    "scores_in_full",
+    "signed_by_signed",
+    "volumetric",
+    "weight_only",
+    "zero_points_not_flat",
+    "zero_points_not_packed",
+]
 
 _KEYS = ("location", "offset", "length")
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
@@ -252,9 +276,8 @@ TRAITS: Final[Mapping[str, Callable[[Seen], bool]]] = {
     trait.__name__: trait
     for trait in (
         blocked, codes_of_other_shape, dynamic_shape, for_integers, grouped, has_functions,
-        in_subgraph, more_than_four_axes,
-        keys_in_other_order, no_zero_point, odd_four_bits, of_weight, one_block,
-        scale_at_run_time, scales_of_other_type, scores_in_full, signed_by_signed, volumetric,
-        weight_only, zero_points_not_flat, zero_points_not_packed,
+        in_subgraph, keys_in_other_order, more_than_four_axes, no_zero_point, odd_four_bits,
+        of_weight, one_block, scale_at_run_time, scales_of_other_type, scores_in_full,
+        signed_by_signed, volumetric, weight_only, zero_points_not_flat, zero_points_not_packed,
     )
 }  # fmt: skip
