@@ -147,15 +147,12 @@ def quantize_cost(
     named = {one.spec.name for one in walked}
     blind = [one for one in layers if one.spec.name not in named]
     work, searches = Work(), {_searched(one) for one in layers if one.how is not None}
-    peak, kept = 0.0, float(sum(one.bytes_after for one in layers))
+    kept = float(sum(one.bytes_after for one in layers))
+    pieces: dict[tuple[str, int | None], list[LayerPlan]] = {}
     for one in blind:
         work += blind_work(one) + Work.of(move=8 * one.spec.n_weights)
-    pieces: dict[tuple[str, int | None], float] = {}
-    for one in blind:
-        at = one.spec.component, one.spec.block
-        pieces[at] = pieces.get(at, 0.0) + one.spec.n_weights
-    largest = max((one.spec.n_weights for one in blind), default=0)
-    peak = max(pieces.values(), default=0.0) * _PAYLOAD_BYTES + largest * _PACKING_BYTES
+        pieces.setdefault((one.spec.component, one.spec.block), []).append(one)
+    peak = max((_blind_bytes(piece) for piece in pieces.values()), default=0.0)
     if model is not None and walked:
         for component in model.chained:
             own = [one for one in walked if one.spec.component == component]
@@ -164,9 +161,15 @@ def quantize_cost(
     work += _stored(kept)
     compiled = frozenset(one for one in searches if one)
     peak += BASE_BYTES + (_COMPILER_BYTES if compiled else 0.0)
-    return StageCost(
-        stage="quantize", work=work, peak_bytes=peak, kept_bytes=kept, searches=compiled
-    )
+    made = {"peak_bytes": peak, "kept_bytes": kept}
+    return StageCost(stage="quantize", work=work, searches=compiled, **made)
+
+
+def _blind_bytes(piece: Sequence[LayerPlan]) -> float:
+    """Alive while a piece's weights are rounded blindly and packed; a table's rows come packed."""
+    tables = sum(one.bytes_after for one in piece if one.spec.kind == "embedding")
+    others = [one.spec.n_weights for one in piece if one.spec.kind != "embedding"]
+    return tables + sum(others) * _PAYLOAD_BYTES + max(others, default=0) * _PACKING_BYTES
 
 
 def refine_cost(

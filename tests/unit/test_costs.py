@@ -12,14 +12,15 @@ from torch import nn
 
 from hbxt_compress import pipeline
 from hbxt_compress.algorithms.gptq import Gptq
-from hbxt_compress.costs import prediction, rates
+from hbxt_compress.costs import prediction, rates, stages
 from hbxt_compress.costs.counting import count
 from hbxt_compress.costs.prediction import Prediction, predict, require_room, stage_costs
 from hbxt_compress.costs.rounding import gptq_work
 from hbxt_compress.costs.stages import StageCost, compiling_s
 from hbxt_compress.costs.work import KINDS, Rates, Work
 from hbxt_compress.errors import PlanError
-from hbxt_compress.plan import Plan
+from hbxt_compress.layers import LayerKind, LayerName, LayerSpec
+from hbxt_compress.plan import LayerPlan, Plan
 from hbxt_compress.prompts import load_prompts
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.source import BUILTIN, Source, locate
@@ -155,3 +156,17 @@ def test_a_small_model_is_not_counted(
     source: Source = locate(str(micro_wan), hashed=False)
     monkeypatch.setattr(prediction, "free_memory", lambda: 10**9)
     assert not prediction.is_small(pipeline._assumed(load_recipe("w4a16"), source), source)
+
+
+def test_a_table_is_rounded_in_the_memory_of_its_codes() -> None:
+    def layer(kind: LayerKind, weights: str) -> LayerPlan:
+        name = LayerName(f"text_encoder/{kind}")
+        spec = LayerSpec(name=name, kind=kind, shape=(1000, 128), dtype="F16", block=None)
+        return LayerPlan(
+            spec=spec, weights=weights, activations="keep", how=None, rule=0, reason=""
+        )
+
+    table, linear = layer("embedding", "int4-row-g128"), layer("linear", "int4-g128")
+    assert stages._blind_bytes([table]) == table.bytes_after < 0.6 * 128_000
+    assert stages._blind_bytes([linear]) == (1.5 + 3) * 128_000
+    assert stages._blind_bytes([table, linear, linear]) == table.bytes_after + 6 * 128_000
