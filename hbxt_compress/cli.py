@@ -267,7 +267,7 @@ def check(path: Path, targets: tuple[str, ...], runtime: str | None, as_json: bo
     fails or is misparsed, or so much falls back that the whole graph does.
     """
     from hbxt_compress import show
-    from hbxt_compress.graph.checking import check_targets
+    from hbxt_compress.graph.check import check_targets
 
     found = check_targets(path, targets, runtime)
     show.checked(path, found, as_json)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not instal
     from hbxt_compress.artifact import Artifact, Geometry
     from hbxt_compress.costs.prediction import Prediction
     from hbxt_compress.doctor import Finding
-    from hbxt_compress.graph.checking import Check
+    from hbxt_compress.graph.check import Check
     from hbxt_compress.graph.judge import Judgement
     from hbxt_compress.plan import LayerPlan, Plan
     from hbxt_compress.recipe import Recipe

@@ -24,7 +24,9 @@ from hbxt_compress.stats import WIDEST
 
 __all__ = [
     "EAGER_UP_TO",
+    "PAYLOAD_BYTES",
     "Precision",
+    "blind_bytes",
     "blind_work",
     "gptq_bytes",
     "gptq_work",
@@ -48,6 +50,10 @@ _SIZE_PASSES = 4  # over a weight in scale.input_scale: finite, sizes, float64, 
 # Beside the search, rounding to nearest takes 12 ns a weight (levels, payload, decoding, losses)
 # where 27 GB/s are moved: Rtn of 680 x 3072, int4-g128, one thread.
 _NEAREST_BYTES = 330
+# Rounding a block blindly leaves a byte a weight, and half of one packed; see quantized.save_block
+PAYLOAD_BYTES = 1.5
+# Of the largest tensor while it is packed: codes and two temporaries of int16
+_PACKING_BYTES = 3.0
 # Passes of stats.LayerStats.add over the rows of a side: float64 copies, shifts, squares, sums.
 _STATISTICS_BYTES = 100
 # I I matrices alive at the peak of gptq.Gptq.round, counted in its code: statistics of both sides
@@ -87,6 +93,13 @@ def search_work(n_weights: float, n_in: int) -> Work:
     if n_in <= EAGER_UP_TO:
         return Work.of(search_eager=n_weights)
     return Work.of(search=n_weights)
+
+
+def blind_bytes(piece: Sequence[LayerPlan]) -> float:
+    """Alive while a piece's weights are rounded blindly and packed; a table's rows come packed."""
+    tables = sum(one.bytes_after for one in piece if one.spec.kind == "embedding")
+    others = [one.spec.n_weights for one in piece if one.spec.kind != "embedding"]
+    return tables + sum(others) * PAYLOAD_BYTES + max(others, default=0) * _PACKING_BYTES
 
 
 def blind_work(layer: LayerPlan) -> Work:

@@ -17,6 +17,8 @@ from hbxt_compress.chain import LARGE
 from hbxt_compress.costs.counting import Group, Passes
 from hbxt_compress.costs.rounding import (
     EAGER_UP_TO,
+    PAYLOAD_BYTES,
+    blind_bytes,
     blind_work,
     gptq_bytes,
     gptq_work,
@@ -63,10 +65,6 @@ BASE_BYTES = 500_000_000  # after those imports
 _EXPORTER_BYTES = 90_000_000  # more after a first export
 _CALL_BYTES = 35_000  # of a graph, an operation
 _COMPILER_BYTES = 200_000_000  # more after a first compiled search
-# Rounding a block blindly leaves a byte a weight, and half of one packed; see quantized.save_block
-_PAYLOAD_BYTES = 1.5
-# Of the largest tensor while it is packed: codes and two temporaries of int16
-_PACKING_BYTES = 3.0
 # Of the largest tensor while it is exported: float32, and what it is stored as
 _EXPORTED_BYTES = 6.0
 _DECODE_PASSES = 6  # over a weight: walk.set_weights, and decoding to measure a loss
@@ -152,7 +150,7 @@ def quantize_cost(
     for one in blind:
         work += blind_work(one) + Work.of(move=8 * one.spec.n_weights)
         pieces.setdefault((one.spec.component, one.spec.block), []).append(one)
-    peak = max((_blind_bytes(piece) for piece in pieces.values()), default=0.0)
+    peak = max((blind_bytes(piece) for piece in pieces.values()), default=0.0)
     if model is not None and walked:
         for component in model.chained:
             own = [one for one in walked if one.spec.component == component]
@@ -161,15 +159,9 @@ def quantize_cost(
     work += _stored(kept)
     compiled = frozenset(one for one in searches if one)
     peak += BASE_BYTES + (_COMPILER_BYTES if compiled else 0.0)
-    made = {"peak_bytes": peak, "kept_bytes": kept}
-    return StageCost(stage="quantize", work=work, searches=compiled, **made)
-
-
-def _blind_bytes(piece: Sequence[LayerPlan]) -> float:
-    """Alive while a piece's weights are rounded blindly and packed; a table's rows come packed."""
-    tables = sum(one.bytes_after for one in piece if one.spec.kind == "embedding")
-    others = [one.spec.n_weights for one in piece if one.spec.kind != "embedding"]
-    return tables + sum(others) * _PAYLOAD_BYTES + max(others, default=0) * _PACKING_BYTES
+    return StageCost(
+        stage="quantize", work=work, peak_bytes=peak, kept_bytes=kept, searches=compiled
+    )
 
 
 def refine_cost(
@@ -305,7 +297,7 @@ def _walked(
     tables = _table_parameters(model, component)
     each = 4.0 if products == "coarse" else 8.0  # bytes of a weight in both models
     held = each * bits + 8.0 * max(0.0, loose - tables) + states + shared + memo
-    block_payload = _PAYLOAD_BYTES * bits
+    block_payload = PAYLOAD_BYTES * bits
     return work, held + block_payload + max(passing, rounding_peak, stats_peak)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.graph.capture import ComponentGraphs, Read, capture
-from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.external import write_models
+from hbxt_compress.graph.obeyed import check_component
 from hbxt_compress.graph.passes import lower
 from hbxt_compress.graph.storage import Precision, ReadRows, Storage
 from hbxt_compress.layers import LayerName

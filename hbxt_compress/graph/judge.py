@@ -66,6 +66,7 @@ class Judgement:
         """Plain JSON values."""
         return {
             "title": self.runtime.title,
+            "provider": self.runtime.provider,
             "version": self.runtime.version,
             "source": self.runtime.source,
             "verified": self.runtime.verified,

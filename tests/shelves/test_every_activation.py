@@ -18,9 +18,9 @@ from torch import Tensor
 from hbxt_compress.formats.activations import ACTIVATIONS, Int8Tensor, Int8Token
 from hbxt_compress.formats.int8 import Int8
 from hbxt_compress.graph.builder import GraphBuilder
-from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.external import write_models
 from hbxt_compress.graph.naming import name_everything
+from hbxt_compress.graph.obeyed import check_component
 from hbxt_compress.graph.parity import run_graph
 from hbxt_compress.graph.passes import clean_up
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from hbxt_compress.formats import FORMATS, WeightFormat
 from hbxt_compress.formats.int4 import Int4
 from hbxt_compress.graph.builder import GraphBuilder
-from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.external import write_models
 from hbxt_compress.graph.naming import name_everything
+from hbxt_compress.graph.obeyed import check_component
 from hbxt_compress.graph.parity import run_graph
 from hbxt_compress.graph.passes import clean_up
 from hbxt_compress.layers import LayerName, LayerSpec

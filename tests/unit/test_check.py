@@ -13,7 +13,7 @@ import pytest
 
 from hbxt_compress.cli import main
 from hbxt_compress.errors import ArtifactError, UsageError
-from hbxt_compress.graph.checking import EXPORT_TARGETS, check_targets, default_runtime
+from hbxt_compress.graph.check import DEFAULT_TARGETS, check_targets, default_runtime
 from hbxt_compress.graph.judge import Judgement, judge, read_graph
 from hbxt_compress.graph.table import MODEL, RUNTIMES, VERDICTS, table
 from tests.small_graphs import BAD, GOOD, Bad
@@ -39,7 +39,7 @@ def test_the_corpus_is_large_and_no_two_graphs_are_called_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", GOOD)
-@pytest.mark.parametrize("target", EXPORT_TARGETS)
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
 def test_a_good_graph_gives_no_alarm(name: str, target: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(GOOD[name], path)
@@ -53,7 +53,7 @@ def test_every_rule_of_a_table_has_a_graph_that_it_was_made_for(
     runtime: str, tmp_path: Path
 ) -> None:
     rules = table(runtime).rules
-    some = [one for one in EXPORT_TARGETS if table(runtime).computes_on(one)]
+    some = [one for one in DEFAULT_TARGETS if table(runtime).computes_on(one)]
     said = set[str]()
     for i, bad in enumerate(BAD):
         folder = tmp_path / str(i)
@@ -123,17 +123,13 @@ def test_nodes_that_would_run_say_that_they_are_over_the_cliff(tmp_path: Path) -
     assert "with more than 10 the provider takes none" in fine.reason
 
 
-def test_an_artifact_whose_manifest_sets_the_environment_is_judged_with_it(tmp_path: Path) -> None:
+def test_a_graph_is_judged_with_the_environment_that_is_set_for_it(tmp_path: Path) -> None:
     attention = next(one for one in BAD if one.name == "attention on RDNA")
-    attention.write(tmp_path)
-    [plain] = check_targets(tmp_path, ["gfx1201"])
-    assert plain.runtimes["migraphx"].counts()["slow"] == 1
-    wanted = {"MIGRAPHX_MLIR_USE_SPECIFIC_OPS": "convolution,attention"}
-    manifest = {"targets": {"gfx1201": {"environment": wanted}}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    [found, other] = check_targets(tmp_path, ["gfx1201", "gfx1100"])
-    assert found.runtimes["migraphx"].counts()["runs"] == 1
-    assert other.runtimes["migraphx"].counts()["slow"] == 1, "another card asks for its own"
+    graphs, own = [read_graph(attention.write(tmp_path))], table("migraphx")
+    assert judge(graphs, own, "gfx1201").counts()["slow"] == 1
+    name = "MIGRAPHX_MLIR_USE_SPECIFIC_OPS"
+    assert judge(graphs, own, "gfx1201", {name: "convolution,attention"}).counts()["runs"] == 1
+    assert judge(graphs, own, "gfx1201", {name: "convolution"}).counts()["slow"] == 1
 
 
 def test_the_command_prints_json_for_machines(

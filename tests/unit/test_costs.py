@@ -12,10 +12,10 @@ from torch import nn
 
 from hbxt_compress import pipeline
 from hbxt_compress.algorithms.gptq import Gptq
-from hbxt_compress.costs import prediction, rates, stages
+from hbxt_compress.costs import prediction, rates
 from hbxt_compress.costs.counting import count
 from hbxt_compress.costs.prediction import Prediction, predict, require_room, stage_costs
-from hbxt_compress.costs.rounding import gptq_work
+from hbxt_compress.costs.rounding import blind_bytes, gptq_work
 from hbxt_compress.costs.stages import StageCost, compiling_s
 from hbxt_compress.costs.work import KINDS, Rates, Work
 from hbxt_compress.errors import PlanError
@@ -167,6 +167,6 @@ def test_a_table_is_rounded_in_the_memory_of_its_codes() -> None:
         )
 
     table, linear = layer("embedding", "int4-row-g128"), layer("linear", "int4-g128")
-    assert stages._blind_bytes([table]) == table.bytes_after < 0.6 * 128_000
-    assert stages._blind_bytes([linear]) == (1.5 + 3) * 128_000
-    assert stages._blind_bytes([table, linear, linear]) == table.bytes_after + 6 * 128_000
+    assert blind_bytes([table]) == table.bytes_after < 0.6 * 128_000
+    assert blind_bytes([linear]) == (1.5 + 3) * 128_000
+    assert blind_bytes([table, linear, linear]) == table.bytes_after + 6 * 128_000

@@ -21,8 +21,8 @@ from hbxt_compress.algorithms.rtn import Rtn
 from hbxt_compress.errors import CalibrationError, ExportError, PlanError, SourceError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.graph import storage
-from hbxt_compress.graph.check import check_component
 from hbxt_compress.graph.export import export_component
+from hbxt_compress.graph.obeyed import check_component
 from hbxt_compress.graph.parity import run_graph
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hbxt_compress.graph.check import check_component, check_model
+from hbxt_compress.graph.obeyed import check_component, check_model
 from hbxt_compress.graph.targets import TARGETS
 
 _N, _K, _G = 16, 64, 32
