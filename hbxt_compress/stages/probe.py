@@ -26,6 +26,7 @@ from hbxt_compress.algorithms.scales import search_scales
 from hbxt_compress.chain import LARGE, layer_at
 from hbxt_compress.errors import CalibrationError, listing
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.heap import give_back
 from hbxt_compress.layers import LayerName
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
@@ -86,6 +87,7 @@ def probe(
         return
     folder = work.folder / _UNFINISHED
     work.piece(_RESULT, make)
+    give_back()
     shutil.rmtree(folder, ignore_errors=True)
 
 

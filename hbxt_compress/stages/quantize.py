@@ -44,6 +44,7 @@ __all__ = ["FACTS", "VERSION", "quantize"]
 
 VERSION = 7
 FACTS = ("torch",)
+_WIDE = 1024  # features, whose covariance takes 4 MB: what the heap kept lies under it for nothing
 log = logging.getLogger(__name__)
 
 
@@ -182,7 +183,7 @@ def _group(
     if needs:
         need: Need = "covariance" if "covariance" in needs else "moments"
         inputs = sides.inputs(station.piece, group[:1], need)[group[0]]
-        if sides.full.is_large:
+        if inputs.fit.absmax_I.numel() >= _WIDE:
             give_back()
         choose = partial(input_transform, station, group, planned, inputs, prepare)
         how, transform = ranks.by_first(choose)
