@@ -142,6 +142,7 @@ def plan(
 @click.argument("recipe")
 @_model
 @click.option("--out", type=_path, help="Folder for the artifact; default: in the store.")
+@click.option("--geometry", help="Clip sizes, as 704x1280x121,480x832x81; default: the model's.")
 @click.option("--smoke", is_flag=True, help="First try all steps on two blocks of the model.")
 @click.option("--force", is_flag=True, help="Run even if memory or disk will not do.")
 @_store
@@ -150,7 +151,8 @@ def plan(
 @_json
 @click.pass_obj
 def quantize(
-    ranks: Ranks, recipe: str, model: str, out: Path | None, smoke: bool, force: bool,
+    ranks: Ranks, recipe: str, model: str, out: Path | None, geometry: str | None,
+    smoke: bool, force: bool,
     store: Path, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compress a model as RECIPE says.
@@ -173,7 +175,7 @@ def quantize(
         from hbxt_compress.smoke import try_out
 
         click.echo(try_out(found, model, results.root, machine=machine).text, err=True)
-    folder = pipeline.compress(found, model, results, machine=machine, out=out)
+    folder = pipeline.compress(found, model, results, machine=machine, out=out, sizes=geometry)
     show.artifact(Artifact.open(folder, verify=False), as_json)
 
 
@@ -221,12 +223,13 @@ def evaluate(
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--steps", type=click.IntRange(1, 1000), help="Default: the model's own.")
 @click.option("--guidance", type=click.FloatRange(0, 100), help="Default: the model's own.")
+@click.option("--geometry", help="Clip size, one of the artifact's; default: its first.")
 @click.option("--out", type=_path, default=Path("clip.mp4"))
 @click.option("--provider", type=_provider, default="auto", help="What runs the graphs.")
 @_threads
 def generate(
-    artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None, out: Path,
-    provider: Provider, threads: int | None,
+    artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None,
+    geometry: str | None, out: Path, provider: Provider, threads: int | None,
 ) -> None:  # fmt: skip
     """Generate a clip with ARTIFACT."""
     if out.suffix.lower() != ".mp4":
@@ -238,10 +241,10 @@ def generate(
     def step(done: int, total: int) -> None:
         log.info("step", extra={"progress": (done, total, "denoising")})
 
-    with Runtime.open(artifact, provider=provider, n_threads=threads) as runtime:
+    with Runtime.open(artifact, provider=provider, n_threads=threads, size=geometry) as runtime:
         frames = runtime.stream(prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
-        n_frames = write_mp4(out, frames, runtime.manifest.geometry.fps)
-        show.clip(out, n_frames, runtime.manifest.geometry, sorted(set(runtime.providers.values())))
+        n_frames = write_mp4(out, frames, runtime.bucket.geometry.fps)
+        show.clip(out, n_frames, runtime.bucket.geometry, sorted(set(runtime.providers.values())))
 
 
 @hbxt.command()

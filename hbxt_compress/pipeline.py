@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from hbxt_compress.costs.prediction import (
 )
 from hbxt_compress.costs.rates import find_rates
 from hbxt_compress.errors import PlanError, SourceError, listing
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.plan import (
@@ -39,6 +40,7 @@ from hbxt_compress.stages.export import export
 from hbxt_compress.stages.noise_clips import clip_geometry, noise_clips
 from hbxt_compress.stages.probe import probe, read_damages
 from hbxt_compress.stages.quantize import quantize
+from hbxt_compress.stages.ranges import ranges
 from hbxt_compress.stages.refine import refine
 from hbxt_compress.stages.report import report, weights_at_hand
 from hbxt_compress.stages.sample import sample
@@ -97,10 +99,15 @@ def require_room_for(recipe: Recipe, model: str, store: Store, *, out: Path | No
 
 
 def compress(
-    recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None
-) -> Path:
-    """The folder of the artifact; in `out` if that is given, else inside the store."""
-    entry = _artifact(recipe, _located(model, store), store, machine)
+    recipe: Recipe, model: str, store: Store, *, machine: Machine, out: Path | None = None,
+    sizes: str | None = None,
+) -> Path:  # fmt: skip
+    """The folder of the artifact; in `out` if that is given, else inside the store.
+
+    sizes: of the clips that it is to generate, as 704x1280x121,480x832x81; None: the model's own.
+    """
+    source = _located(model, store)
+    entry = _artifact(recipe, source, store, machine, _clips(source, sizes))
     return _published(store, entry, out, mark="manifest.json")
 
 
@@ -116,7 +123,10 @@ def evaluate(
     """The quality of an artifact against the full-precision model, both run by the same runtime."""
     candidate = Artifact.open(artifact)
     source = _source_of(candidate, model, store)
-    reference = Artifact.open(_artifact(load_recipe(_REFERENCE), source, store, machine).folder)
+    made = _artifact(
+        load_recipe(_REFERENCE), source, store, machine, (candidate.manifest.geometry,)
+    )
+    reference = Artifact.open(made.folder)
     clips = [
         store.result(sample, artifact=one, items=suite.items(), n_steps=suite.n_steps, on=machine)
         for one in (reference, candidate)
@@ -136,7 +146,8 @@ def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str
     """(stage, key, state, finished pieces) of each step, up to the first that is not done."""
     peek = store.peek()
     with suppress(Missing):
-        _artifact(recipe, _located(model, store), peek, Machine())
+        source = _located(model, store)
+        _artifact(recipe, source, peek, Machine(), _clips(source, None))
     return peek.seen
 
 
@@ -207,7 +218,15 @@ def _states(prompts: PromptSet, source: Source, store: Store, machine: Machine) 
     return store.result(stage, source=source, prompts=prompts, on=machine)
 
 
-def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Entry:
+def _clips(source: Source, sizes: str | None) -> tuple[Geometry, ...]:
+    own = family_of(source).geometry(source)
+    return (own,) if sizes is None else Geometry.parse(sizes, own.fps)
+
+
+def _artifact(
+    recipe: Recipe, source: Source, store: Store, machine: Machine, clips: Sequence[Geometry]
+) -> Entry:
+    family_of(source).buckets(source, clips)  # a size that it cannot take is refused at once
     planned = _plan(recipe, source, store, machine)
     rounded, shown, learned = None, {}, {}
     if planned.calibrated or planned.refine:
@@ -229,8 +248,25 @@ def _artifact(recipe: Recipe, source: Source, store: Store, machine: Machine) ->
             refine, source=source, quantized=rounded, how=planned.refine, **shown, on=machine
         )
     return store.result(
-        export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe
-    )
+        export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe,
+        clips=tuple(clips), ranges=_ranges(recipe, planned, source, store, machine),
+    )  # fmt: skip
+
+
+def _ranges(
+    recipe: Recipe, planned: Plan, source: Source, store: Store, machine: Machine
+) -> Mapping[str, Entry]:
+    """How large a component's numbers get, where it computes in float16 and that is in doubt."""
+    doubtful = sorted(planned.half & family_of(source).doubtful)
+    if not doubtful:
+        return {}
+    prompts = load_prompts(recipe.calibration)
+    return {
+        component: store.result(
+            ranges, source=source, component=component, prompts=prompts, on=machine
+        )
+        for component in doubtful
+    }
 
 
 def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:

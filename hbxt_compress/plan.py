@@ -8,10 +8,10 @@ from typing import Literal
 
 from hbxt_compress.algorithms import REFINERS, SAMPLER_REFINERS, AnyRefiner, AnyRounder
 from hbxt_compress.allocation import Option, allocate
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import PlanError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.layers import LayerName, LayerSpec, matches
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.stats import Need
@@ -145,7 +145,8 @@ class Plan:
     """Every weight's fate, and what follows.
 
     parameters: all parameters by component, so that what no rule can select (biases, norms) is
-    counted too. precision: bits of every layer that is not quantized. shown: what calibration
+    counted too. precision: bits of every layer that is not quantized. half: components that compute
+    in float16, see hbxt_compress.profile. shown: what calibration
     shows the model, None if nothing needs it. refine: the recipe's refiners but for those in
     left_out.
     """
@@ -153,6 +154,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     parameters: Mapping[str, int]
     precision: Literal[16, 32]
+    half: frozenset[str] = frozenset()
     shown: Shown | None = None
     refine: tuple[AnyRefiner, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
@@ -179,6 +181,7 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         return {
             "components": self.components(),
+            "float16": sorted(self.half),
             "calibration": None if self.shown is None else self.shown.to_json(),
             "left_out": [{"step": one.step, "reason": one.reason} for one in self.left_out],
             "layers": [
@@ -295,6 +298,7 @@ def make_plan(
         layers=tuple(layers),
         parameters=parameters,
         precision=32 if all_32 else 16,
+        half=recipe.export.halves(parameters),
         refine=refine,
         left_out=left_out,
     )

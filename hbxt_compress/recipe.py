@@ -13,6 +13,7 @@ from hbxt_compress.errors import RecipeError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.layers import matches
+from hbxt_compress.profile import Profile
 from hbxt_compress.prompts import Name
 from hbxt_compress.strict import Settings, did_you_mean, load
 from hbxt_compress.suite import MetricName
@@ -116,6 +117,8 @@ class Recipe(Settings):
     round: Annotated[AnyRounder | None, Field(validate_default=True)] = None
     refine: tuple[AnyRefiner, ...] = ()
     """how what is not a code is tuned afterwards, in this order"""
+    export: Annotated[Profile, Field(default_factory=Profile)]
+    """how the graphs compute, and on which targets they must run"""
     accept: Acceptance
 
     @field_validator("calibration")

@@ -25,9 +25,10 @@ from hbxt_compress.render.table import (
 )
 
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
-    from hbxt_compress.artifact import Artifact, Geometry
+    from hbxt_compress.artifact import Artifact
     from hbxt_compress.costs.prediction import Prediction
     from hbxt_compress.doctor import Finding
+    from hbxt_compress.geometry import Geometry
     from hbxt_compress.graph.check import Check
     from hbxt_compress.graph.judge import Judgement
     from hbxt_compress.plan import LayerPlan, Plan

@@ -19,9 +19,9 @@ from typing import Final
 import numpy as np
 
 from hbxt_compress import pipeline
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import HbxtError, HealthError
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.layers import matches
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of

@@ -16,16 +16,9 @@ import onnx
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hbxt_compress.artifact import (
-    SCHEMA,
-    Artifact,
-    FileRecord,
-    Geometry,
-    LayerFate,
-    Manifest,
-    record_files,
-    write_manifest,
-)
+from hbxt_compress.artifact import Artifact, record_files, write_manifest
+from hbxt_compress.geometry import Geometry
+from hbxt_compress.manifest import SCHEMA, Bucket, FileRecord, LayerFate, Manifest
 from hbxt_compress.sampler import SamplerSpec
 
 __all__ = [
@@ -267,9 +260,16 @@ def _manifest(folder: Path, sampler: SamplerSpec, session: dict[str, str]) -> Ma
         source={"model": "fake", "family": "wan", "files": {}},
         components={name: {"bytes_before": 100, "bytes_after": 50} for name in components},
         sampler=sampler,
-        geometry=Geometry(height=16, width=16, n_frames=9, fps=8.0),
+        buckets=(
+            Bucket(
+                geometry=Geometry(height=16, width=16, n_frames=9, fps=8.0),
+                latent_shape=LATENT_SHAPE,
+                transformer="model.onnx",
+                first="model_first.onnx",
+                next="model.onnx",
+            ),
+        ),
         text_length=TEXT_LENGTH,
-        latent_shape=LATENT_SHAPE,
         latents_mean=MEAN,
         latents_std=STD,
         layers=(
@@ -292,6 +292,7 @@ def _manifest(folder: Path, sampler: SamplerSpec, session: dict[str, str]) -> Ma
         lineage=({"stage": "export", "digest": "1" * 64},),
         made_with={"hbxt_compress": "0"},
         session=session,
+        targets={},
         files=record_files(folder),
     )
 

@@ -35,6 +35,7 @@ ROWS = (
         "library",
         "torchvision_ops",
         "external_data",
+        "geometry",
     },
     {
         "layers",
@@ -47,13 +48,14 @@ ROWS = (
         "clips",
         "footage",
         "artifact",
+        "manifest",
         "report",
         "trajectories",
         "chain",
         "allocation",
     },
     {"formats", "algorithms", "models", "metrics", "graph", "render", "runtime"},
-    {"suite"},
+    {"suite", "profile"},
     {"recipe"},
     {"plan"},
     {"stages"},
@@ -72,7 +74,8 @@ SIDEWAYS = {
     ("store", "ranks"): "they build a result together",
     ("publish", "store"): "what is copied is an entry",
     ("store", "journal"): "a result being built has one",
-    ("artifact", "sampler"): "a manifest carries its sampler",
+    ("manifest", "sampler"): "a manifest carries its sampler",
+    ("artifact", "manifest"): "a folder has one",
     ("quantized", "layers"): "keyed by layer name",
     ("weights", "source"): "which file holds a tensor stands in the headers",
     ("chain", "weights"): "a skeleton reads the weights of the block that runs",
@@ -82,13 +85,13 @@ SIDEWAYS = {
     ("show", "doctor"): "what it found is shown",
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
-RUNTIME_MAY_USE = {"artifact", "sampler", "clips", "errors"}
+RUNTIME_MAY_USE = {"artifact", "manifest", "geometry", "sampler", "clips", "errors"}
 
 # library -> the only places that may import it
 HOMES = {
     "click": {"cli", "ending"},
     "rich": {"show", "progress"},
-    "pydantic": {"strict", "recipe", "suite", "prompts", "algorithms", "store", "graph"},
+    "pydantic": {"strict", "recipe", "profile", "suite", "prompts", "algorithms", "store", "graph"},
     "pydantic_core": {"strict"},
     "yaml": {"yaml_text"},
     "filelock": {"store"},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hbxt_compress.costs.counting import count
 from hbxt_compress.costs.probing import probe_cost
+from hbxt_compress.costs.ranging import ranges_cost
 from hbxt_compress.costs.shown import Forwards, ShownModel, whole
 from hbxt_compress.costs.stages import (
     REFERENCE_CALLS,
@@ -33,7 +34,7 @@ from hbxt_compress.errors import PlanError, listing
 from hbxt_compress.graph.repeat import n_traced
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import Choice, Plan, open_choices
-from hbxt_compress.prompts import PromptSet
+from hbxt_compress.prompts import PromptSet, load_prompts
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source
 
@@ -165,6 +166,13 @@ def stage_costs(
             n_learnt = plan.shown.n - learnt[1] if plan.shown is not None else 0
             own = (n_learnt, learnt[1])
             costs.append(refine_cost(plan, model, own, costs[-1].kept_bytes))
+    for component in sorted(plan.half & family.doubtful):
+        n = (
+            len(load_prompts(recipe.calibration).prompts)
+            if prompts is None
+            else len(prompts.prompts)
+        )
+        costs.append(ranges_cost(family, source, component, n))
     costs.append(export_cost(plan, family, source, *_graph_calls(source)))
     if copied:
         costs.append(publish_cost(costs[-1].kept_bytes))

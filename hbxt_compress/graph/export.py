@@ -26,6 +26,8 @@ def export_component(
     weights: Mapping[LayerName, tuple[WeightFormat, Mapping[str, Tensor]]],
     *,
     precision: Precision,
+    half: bool = False,
+    ranges: Mapping[str, float] | None = None,
     activations: Mapping[LayerName, str] | None = None,
     facts: Mapping[str, str] | None = None,
     read: Read | None = None,
@@ -34,10 +36,12 @@ def export_component(
     """Writes config.json, the graphs and model.onnx.data; the same inputs give the same bytes.
 
     A layer that `weights` does not name is stored in `precision`; an empty payload means the
-    module's own weight in that format. activations: what a layer's input is stored as, if it is
-    rounded. Biases, norms and tables stay float32. read: gives a parameter by its name, for modules
-    without values; each is asked for when it is written, and let go of before the next. read_rows:
-    gives rows start..stop of one that is looked up, so that a table need never be whole.
+    module's own weight in that format. half: compute products and attention in float16;
+    ranges: largest numbers of its layers, see graph/half.py. activations: what a layer's input is
+    stored as, if it is rounded. Biases, norms and tables stay float32. read: gives a parameter by
+    its name, for modules without values; each is asked for when it is written, and let go of before
+    the next. read_rows: gives rows start..stop of one that is looked up, so that a table need never
+    be whole.
 
     Raises:
         ExportError: A weight overflows float16, a planned layer is not in the graph, or a graph
@@ -47,7 +51,7 @@ def export_component(
     models = {}
     for name, spec in component.graphs.items():
         models[name] = capture(spec, read)
-        lower(models[name], storage)
+        lower(models[name], storage, half=half, ranges=ranges or {})
         models[name].metadata_props.update({"component": component.component, **(facts or {})})
     storage.require_all_used()
     write_models(folder, models)

@@ -19,9 +19,10 @@ from hbxt_compress.external_data import external_data_problems
 from hbxt_compress.graph.table import MODEL, VERDICTS, Condition, RuntimeTable, Verdict
 from hbxt_compress.graph.traits import TRAITS, Seen
 
-__all__ = ["Graph", "Judgement", "NodeVerdict", "judge", "read_graph"]
+__all__ = ["BAD", "Graph", "Judgement", "NodeVerdict", "judge", "read_graph"]
 
-_BAD = frozenset({"misparsed", "fails"})
+BAD = frozenset({"misparsed", "fails"})
+"""verdicts that no release ships with"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class Judgement:
     @property
     def passes(self) -> bool:
         """Whether nothing is misparsed, nothing fails and no whole graph is left to the CPU."""
-        return not self.cliff and not any(one.verdict in _BAD for one in self.nodes)
+        return not self.cliff and not any(one.verdict in BAD for one in self.nodes)
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
@@ -137,7 +138,7 @@ def judge(
 
 
 def _left(one: NodeVerdict, n_left: int, runtime: RuntimeTable) -> NodeVerdict:
-    if one.op == MODEL or one.verdict in (*_BAD, "falls_back"):
+    if one.op == MODEL or one.verdict in (*BAD, "falls_back"):
         return one
     reason = (
         f"{n_left} nodes of this graph are not supported: with more than "

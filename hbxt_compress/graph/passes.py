@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -19,6 +20,7 @@ from hbxt_compress.errors import ExportError
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.formats.activations import ACTIVATIONS, ActivationFormat
 from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, Value, content_of, name_of, present
+from hbxt_compress.graph.half import LAYER, compute_in_half
 from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
 from hbxt_compress.graph.storage import Storage
@@ -34,14 +36,22 @@ __all__ = [
 ]
 
 IR_VERSION = 10
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 
-def lower(model: ir.Model, storage: Storage) -> None:
-    """Applies every pass; afterwards the model obeys graph/targets.py."""
+def lower(
+    model: ir.Model, storage: Storage, *, half: bool = False, ranges: Mapping[str, float] = _NONE
+) -> None:
+    """Applies every pass; afterwards the model obeys graph/targets.py.
+
+    half, ranges: whether products are float16, and of what size their numbers, see graph/half.py.
+    """
     cancel_transposes(model)
     lower_linears(model, storage)
     store_other_weights(model, storage)
     expand_fills(model)
+    if half:
+        compute_in_half(model, ranges)
     clean_up(model)
     name_everything(model)
 
@@ -69,6 +79,7 @@ def lower_linears(model: ir.Model, storage: Storage) -> None:
         stored = storage.of(layer, content_of(weight))
         short = layer.removeprefix(f"{storage.component}/")
         activations = storage.activations(layer)
+        node.metadata_props[LAYER] = layer  # all nodes that stand for it bear the same
         emitter = stored.format if activations == "keep" else ACTIVATIONS[activations]
         out = stored.emit(graph, node, x, partial(_product, emitter, short))
         if rest:
@@ -187,6 +198,7 @@ def clean_up(model: ir.Model) -> None:
     ):
         step(model)
     for node in model.graph:
+        node.metadata_props.pop(LAYER, None)
         if node.op_type == "Reshape":  # no shape here has a zero, and old parsers do not know it
             node.attributes.pop("allowzero", None)
     if any(node.domain == CONTRIB for node in model.graph):

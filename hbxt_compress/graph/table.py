@@ -17,11 +17,28 @@ from pydantic import Field, field_validator
 from hbxt_compress.graph.traits import TRAITS
 from hbxt_compress.strict import Settings, did_you_mean, load
 
-__all__ = ["MODEL", "RUNTIMES", "VERDICTS", "Condition", "Rule", "RuntimeTable", "Verdict", "table"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "MODEL",
+    "RUNTIMES",
+    "VERDICTS",
+    "Condition",
+    "Rule",
+    "RuntimeTable",
+    "Setting",
+    "Verdict",
+    "default_runtime",
+    "known_target",
+    "table",
+    "targets",
+]
 
 Verdict = Literal["runs", "slow", "falls_back", "misparsed", "fails"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("runs", "slow", "falls_back", "misparsed", "fails")
 """from good to bad: of several rules that describe a node, the worst verdict counts"""
+
+DEFAULT_TARGETS: Final = ("gfx942", "gfx1100", "gfx1151", "gfx1201", "cpu")
+"""what is checked where no target is named: a card of each kind, and the processor"""
 
 MODEL: Final = "model"  # as an operator: the model itself, once
 _FOLDER = Path(__file__).parent / "runtimes"
@@ -95,6 +112,19 @@ class Rule(Settings):
     """where that was found: file and line, issue, or what was run"""
 
 
+class Setting(Settings):
+    """What a runtime is told so that it does well on some targets."""
+
+    gpus: tuple[str, ...]
+    """with patterns"""
+    environment: Annotated[dict[str, str], Field(default_factory=dict)]
+    """variables that are set before a graph is compiled"""
+    options: Annotated[dict[str, str], Field(default_factory=dict)]
+    """of the provider; `{cache}` stands for a folder that outlives the process"""
+    why: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(min_length=1)]
+
+
 class RuntimeTable(Settings):
     """One runtime, at one version."""
 
@@ -130,10 +160,22 @@ class RuntimeTable(Settings):
     """`MatMul`, `com.microsoft::Gelu`: the element types of operators that take others"""
     casts: Annotated[dict[str, str], Field(default_factory=dict)]
     """element types that are converted to another one where an operator takes only that"""
+    settings: tuple[Setting, ...] = ()
     rules: tuple[Rule, ...] = ()
 
     def computes_on(self, target: str) -> bool:
         return any(fnmatchcase(target, pattern) for pattern in self.gpus)
+
+    def environment(self, target: str) -> dict[str, str]:
+        """Variables to set on a target."""
+        return {k: v for one in self._told(target) for k, v in one.environment.items()}
+
+    def options(self, target: str) -> dict[str, str]:
+        """Options of the provider on a target."""
+        return {k: v for one in self._told(target) for k, v in one.options.items()}
+
+    def _told(self, target: str) -> list[Setting]:
+        return [s for s in self.settings if any(fnmatchcase(target, gpu) for gpu in s.gpus)]
 
     def takes(self, domain: str, op_type: str) -> tuple[str, ...] | None:
         """The element types of an operator; None if it is not known."""
@@ -144,6 +186,26 @@ class RuntimeTable(Settings):
 
 RUNTIMES: Final = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 """of which there are tables"""
+
+
+def targets() -> tuple[str, ...]:
+    """Every target that a table names, without patterns."""
+    named = {gpu for name in RUNTIMES for gpu in table(name).gpus if "*" not in gpu}
+    return tuple(sorted(named, key=lambda one: (len(one), one)))
+
+
+def known_target(name: str) -> str:
+    """The name, or ValueError with those that are known."""
+    known = targets()
+    if name not in known:
+        meant = did_you_mean(name, known)
+        raise ValueError(f"target {name!r}: unknown{meant}; known: {', '.join(known)}")
+    return name
+
+
+def default_runtime(target: str) -> str:
+    """The table that counts on a target, if no other is asked for."""
+    return "cpu" if target == "cpu" else "migraphx"
 
 
 @cache

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hbxt_compress.graph.builder import GraphBuilder, Value
 
-__all__ = ["emit_transform"]
+__all__ = ["ROTATION", "emit_transform"]
+
+ROTATION = "hadamard"  # what the names of rotations' matrices begin with
 
 
 def emit_transform(
@@ -45,7 +47,7 @@ def emit_transform(
             raise ValueError(f"{name}: cannot rotate {shape[-1]} features in blocks of {block}")
         rows = (math.prod(shape) // block, block)
         apart = _constant(builder, x, "shape", torch.tensor(rows))
-        matrix = _constant(builder, x, "hadamard", _hadamard(block))
+        matrix = _constant(builder, x, ROTATION, _hadamard(block))
         together = _constant(builder, x, "shape", torch.tensor(shape))
         out = builder.node("Reshape", [out, apart], shape=rows)
         out = builder.node("MatMul", [out, matrix], shape=rows)

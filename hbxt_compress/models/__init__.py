@@ -9,17 +9,18 @@ from hbxt_compress.torchvision_ops import mend_torchvision
 
 mend_torchvision()  # before the families import diffusers and transformers
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import SourceError
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.capture import ComponentGraphs
 from hbxt_compress.layers import Depth, LayerSpec, Pair
+from hbxt_compress.manifest import Bucket
 from hbxt_compress.models.wan import Wan
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Source
@@ -34,6 +35,7 @@ class Family(Protocol):
     name: str
     pipelines: frozenset[str]  # `_class_name` values in model_index.json
     chained: frozenset[str]  # components whose layer inputs can be observed
+    doubtful: frozenset[str]  # whose numbers may be too large for float16
     depths: Mapping[str, Depth]  # of the components that have blocks
 
     def components(self, source: Source) -> tuple[str, ...]:
@@ -69,8 +71,17 @@ class Family(Protocol):
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation by latent channel: the VAE decodes z * std + mean."""
 
-    def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
-        """What to export of a component; its skeleton is enough."""
+    def buckets(self, source: Source, clips: Sequence[Geometry] = ()) -> tuple[Bucket, ...]:
+        """Clip sizes (none: the one above), and the files of the graphs that `graphs` has for them.
+
+        Raises:
+            SourceError: the transformer cannot take a size.
+        """
+
+    def graphs(
+        self, source: Source, component: str, module: nn.Module, clips: Sequence[Geometry] = ()
+    ) -> ComponentGraphs:
+        """What to export of a component for these clip sizes; its skeleton is enough."""
 
     def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
         """A loaded component in pieces: head, blocks, tail."""

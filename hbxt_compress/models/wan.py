@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -12,11 +13,12 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import SourceError, listing
-from hbxt_compress.graph.capture import ComponentGraphs
+from hbxt_compress.geometry import Geometry
+from hbxt_compress.graph.capture import ComponentGraphs, GraphSpec
 from hbxt_compress.layers import Depth, LayerKind, LayerName, LayerSpec, Pair
+from hbxt_compress.manifest import Bucket
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import SamplerSpec
@@ -56,6 +58,7 @@ class Wan:
     name = "wan"
     pipelines = frozenset({"WanPipeline"})
     chained = frozenset(_BLOCK_PREFIX)
+    doubtful = frozenset({"text_encoder"})
     depths: Mapping[str, Depth] = _DEPTHS
 
     def components(self, source: Source) -> tuple[str, ...]:
@@ -166,16 +169,52 @@ class Wan:
         vae = source.config("vae/config.json")
         return tuple(vae["latents_mean"]), tuple(vae["latents_std"])
 
-    def graphs(self, source: Source, component: str, module: nn.Module) -> ComponentGraphs:
-        if component == "text_encoder":
-            return text_encoder_graphs(module, text_length=self.text_length(source))
-        shape = self.latent_shape(source)
-        if component == "vae_decoder":
-            return vae_decoder_graphs(module, latent_shape=shape)
+    def buckets(self, source: Source, clips: Sequence[Geometry] = ()) -> tuple[Bucket, ...]:
+        found: list[Bucket] = []
+        for clip in clips or (self.geometry(source),):
+            self.tokens(source, clip)
+            size = f"_{clip.height}x{clip.width}" if found else ""
+            alike = [b for b in found if b.latent_shape[2:] == self.latent_shape(source, clip)[2:]]
+            found.append(
+                Bucket(
+                    geometry=clip,
+                    latent_shape=self.latent_shape(source, clip),
+                    transformer=f"model_{clip}.onnx" if found else "model.onnx",
+                    first=alike[0].first if alike else f"model_first{size}.onnx",
+                    next=alike[0].next if alike else f"model{size}.onnx",
+                )
+            )
+        return tuple(found)
+
+    def graphs(
+        self,
+        source: Source,
+        component: str,
+        module: nn.Module,
+        clips: Sequence[Geometry] = (),
+    ) -> ComponentGraphs:
         length = self.text_length(source)
-        return transformer_graphs(
-            module, latent_shape=shape, text_length=length, component=component
-        )
+        if component == "text_encoder":
+            return text_encoder_graphs(module, text_length=length)
+        graphs: dict[str, GraphSpec] = {}
+        for bucket in self.buckets(source, clips):
+            shape = bucket.latent_shape
+            if component == "vae_decoder":
+                if bucket.next in graphs:
+                    continue
+                one = vae_decoder_graphs(
+                    module, latent_shape=shape, first=bucket.first, following=bucket.next
+                )
+            else:
+                one = transformer_graphs(
+                    module,
+                    latent_shape=shape,
+                    text_length=length,
+                    component=component,
+                    file=bucket.transformer,
+                )
+            graphs.update(one.graphs)
+        return replace(one, graphs=graphs)
 
     def chain(self, source: Source, component: str, module: nn.Module) -> Chain:
         """text_encoder(ids, mask) -> hidden, 0 at padding; transformer(latents, t, text) -> v."""

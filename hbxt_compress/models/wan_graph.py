@@ -48,6 +48,7 @@ def transformer_graphs(
     latent_shape: tuple[int, int, int, int],
     text_length: int,
     component: str = "transformer",
+    file: str = "model.onnx",
 ) -> ComponentGraphs:
     """The denoiser at one size: latents C T H W (batch 1), text_length tokens.
 
@@ -73,9 +74,7 @@ def transformer_graphs(
         reference=lambda x, t, text: transformer(x, t, text, return_dict=False),
         blocks="blocks",
     )
-    return ComponentGraphs(
-        component=component, graphs={"model.onnx": graph}, config=public_config(config)
-    )
+    return ComponentGraphs(component=component, graphs={file: graph}, config=public_config(config))
 
 
 def text_encoder_graphs(

@@ -47,13 +47,15 @@ def vae_decoder_graphs(
     *,
     latent_shape: tuple[int, int, int, int],
     component: str = "vae_decoder",
+    first: str = "model_first.onnx",
+    following: str = "model.onnx",
 ) -> ComponentGraphs:
-    """model_first.onnx and model.onnx for latents C T H W (batch 1, one frame a call)."""
+    """Two graphs for latents C T H W (batch 1, one frame a call), under these file names."""
     channels, _, height, width = latent_shape
     frame = TensorSpec(shape=(1, channels, 1, height, width))
-    first = _FirstStep(vae)
-    with without_values(first), torch.no_grad():
-        _, *kept = first(torch.zeros(frame.shape))
+    first_step = _FirstStep(vae)
+    with without_values(first_step), torch.no_grad():
+        _, *kept = first_step(torch.zeros(frame.shape))
     caches = {f"cache_in_{i}": TensorSpec(shape=tuple(kept[i].shape)) for i in range(len(kept))}
     outputs = ["sample", *(f"cache_out_{i}" for i in range(len(kept)))]
 
@@ -65,13 +67,13 @@ def vae_decoder_graphs(
     return ComponentGraphs(
         component=component,
         graphs={
-            "model_first.onnx": GraphSpec(
-                module=first,
+            first: GraphSpec(
+                module=first_step,
                 inputs={"latent_sample": frame},
                 outputs=outputs,
                 reference=lambda latent: vae.decode(latent, return_dict=False),
             ),
-            "model.onnx": GraphSpec(
+            following: GraphSpec(
                 module=_NextStep(vae),
                 inputs={"latent_sample": frame, **caches},
                 outputs=outputs,

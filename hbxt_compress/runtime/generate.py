@@ -17,9 +17,10 @@ from typing import Self
 
 import numpy as np
 
-from hbxt_compress.artifact import Artifact, Manifest
+from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import Clip, HealthTally, health, to_uint8
 from hbxt_compress.errors import HealthError, UsageError, listing
+from hbxt_compress.manifest import Bucket, Manifest
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.session import Provider, Session, open_session
 from hbxt_compress.runtime.text import PromptTokenizer
@@ -61,8 +62,9 @@ class _Residents:
 class Runtime:
     """Generates from one artifact: `with Runtime.open(folder) as runtime: runtime.generate(...)`"""
 
-    def __init__(self, artifact: Artifact, residents: _Residents) -> None:
+    def __init__(self, artifact: Artifact, residents: _Residents, bucket: Bucket) -> None:
         self.artifact = artifact
+        self.bucket = bucket
         self._residents = residents
         self._tokenize = PromptTokenizer(artifact.folder / "tokenizer", self.manifest.text_length)
 
@@ -75,13 +77,18 @@ class Runtime:
         n_threads: int | None = None,
         verify: bool = True,
         keep: bool = False,
+        size: str | None = None,
     ) -> Self:
         """A runtime on an artifact; keep=True keeps every graph open between clips.
 
+        size: of its clips, as 480x832x81; None: the artifact's first.
+
         Raises:
             ArtifactError: the artifact is damaged, too new or reaches out of its folder.
+            UsageError: it has no such size.
         """
         artifact = Artifact.open(Path(folder), verify=verify)
+        bucket = artifact.manifest.bucket(size)
         residents = _Residents(
             folder=artifact.folder,
             provider=provider,
@@ -89,7 +96,7 @@ class Runtime:
             config=dict(artifact.manifest.session),
             keep=keep,
         )
-        return cls(artifact, residents)
+        return cls(artifact, residents, bucket)
 
     def __enter__(self) -> Self:
         return self
@@ -169,7 +176,7 @@ class Runtime:
             frames=frames,
             prompt=prompt,
             seed=seed,
-            fps=self.manifest.geometry.fps,
+            fps=self.bucket.geometry.fps,
             latents=np.stack(states) if keep_latents else None,
         )
 
@@ -238,7 +245,7 @@ class Runtime:
     ) -> Iterator[np.ndarray]:
         """The latents after each denoising step, float32 C T H W; arguments as for `generate`."""
         spec = self.manifest.sampler.with_steps(n_steps).with_guidance(guidance)
-        x = noise(seed, self.manifest.latent_shape) if latents is None else self._checked(latents)
+        x = noise(seed, self.bucket.latent_shape) if latents is None else self._checked(latents)
         denoiser = Denoiser(spec)
         scales = [spec.guidance_at(float(t)) for t in denoiser.timesteps]
         cond = self.encode(prompt)
@@ -275,7 +282,9 @@ class Runtime:
         z = self._checked(latents)[None] * std + mean
         caches: dict[str, np.ndarray] = {}
         for t in range(z.shape[2]):
-            session = self._residents.get("vae_decoder", "model.onnx" if t else "model_first.onnx")
+            session = self._residents.get(
+                "vae_decoder", self.bucket.next if t else self.bucket.first
+            )
             result = session.run({"latent_sample": z[:, :, t : t + 1], **caches})
             yield from result.pop("sample")[0].transpose(1, 2, 3, 0)
             caches = {name.replace("cache_out_", "cache_in_"): one for name, one in result.items()}
@@ -289,13 +298,13 @@ class Runtime:
             "timestep": np.array([timestep], dtype=np.float32),
             "encoder_hidden_states": text,
         }
-        velocity = self._residents.get(expert).run(inputs)["out_hidden_states"]
-        return np.asarray(velocity[0])
+        velocity = self._residents.get(expert, self.bucket.transformer).run(inputs)
+        return np.asarray(velocity["out_hidden_states"][0])
 
     def _checked(self, latents: np.ndarray) -> np.ndarray:
-        if latents.shape != self.manifest.latent_shape:
+        if latents.shape != self.bucket.latent_shape:
             raise UsageError(
-                f"latents are {latents.shape}, this artifact works on {self.manifest.latent_shape} "
+                f"latents are {latents.shape}, these graphs work on {self.bucket.latent_shape} "
                 "(C T H W)"
             )
         return np.ascontiguousarray(latents, dtype=np.float32)

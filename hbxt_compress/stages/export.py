@@ -10,48 +10,57 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
 from hbxt_compress import artifact as contract
-from hbxt_compress.artifact import FileRecord, LayerFate, Manifest, record_files, write_manifest
+from hbxt_compress.artifact import record_files, write_manifest
 from hbxt_compress.errors import ExportError, listing
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.export import export_component
 from hbxt_compress.graph.external import component_bytes
 from hbxt_compress.graph.parity import SESSION_OPTIONS, require_parity
+from hbxt_compress.graph.settings import target_records
+from hbxt_compress.manifest import SCHEMA, FileRecord, LayerFate, Manifest
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan, Plan
 from hbxt_compress.quantized import Loss, QuantizedModel
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source
+from hbxt_compress.stages.ranges import read_ranges
 from hbxt_compress.store import Entry, Work
 
 __all__ = ["FACTS", "VERSION", "export"]
 
-VERSION = 2
+VERSION = 3
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")
 _PARITY = 1e-3  # of the largest output: float32 in another order of summation
 _LARGEST_FOR_PARITY = 1_000_000_000  # bytes of float32 weights
+_NO_RANGES: Mapping[str, Entry] = MappingProxyType({})
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def export(
-    work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe
-) -> None:
+    work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe,
+    clips: Sequence[Geometry] = (), ranges: Mapping[str, Entry] = _NO_RANGES,
+) -> None:  # fmt: skip
     """Writes an artifact folder as hbxt_compress.artifact describes it. Ranks share components.
 
-    model: what the user called the source; the manifest says so to `evaluate`.
+    model: what the user called the source; the manifest says so to `evaluate`. clips: sizes that it
+    is to generate; none: the model's own. ranges: by component what stages/ranges.py found, where
+    float16 needs to know.
 
     Raises:
-        ExportError: a graph breaks a rule of the target, or weighs other than planned.
+        ExportError: a graph breaks a rule of the export, or will not do on one of its targets.
     """
     family = family_of(source)
     quantized = QuantizedModel.open(rounded.folder) if rounded else QuantizedModel(weights={})
@@ -61,7 +70,7 @@ def export(
         if not work.ranks.owns(i):
             continue
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
-        make = partial(_write, family, source, component, plan, quantized)
+        make = partial(_write, family, source, component, plan, quantized, clips, ranges)
         work.piece(component, make, needs_bytes=planned[component]["after"])
     work.ranks.barrier()
     if not work.ranks.leads:
@@ -73,7 +82,7 @@ def export(
     }
     write_manifest(
         work.folder,
-        _manifest(work, family, source, model, plan, quantized, recipe, rounded, sizes),
+        _manifest(work, family, source, model, plan, quantized, recipe, rounded, sizes, clips),
     )
     log.info("export: done", extra={"progress": (len(planned), len(planned), "export")})
 
@@ -84,6 +93,8 @@ def _write(
     component: str,
     plan: Plan,
     quantized: QuantizedModel,
+    clips: Sequence[Geometry],
+    ranges: Mapping[str, Entry],
     folder: Path,
 ) -> None:
     stored, tuned = family.weights(source, component), _tuned(component, quantized)
@@ -91,7 +102,7 @@ def _write(
         raise ExportError(
             f"{component}: {len(lost)} tuned parameters are not in the model:\n{listing(lost)}"
         )
-    graphs = family.graphs(source, component, family.skeleton(source, component))
+    graphs = family.graphs(source, component, family.skeleton(source, component), clips)
     weights = {
         layer.spec.name: (
             FORMATS[layer.weights],
@@ -108,17 +119,20 @@ def _write(
         graphs,
         weights,
         precision=plan.precision,
+        half=component in plan.half,
+        ranges=read_ranges(ranges[component].folder) if component in ranges else None,
         activations=activations,
         read=lambda name: tuned[name] if name in tuned else stored.tensor(name),
         read_rows=stored.rows,
     )
-    if plan.precision == 32:
-        _require_parity(folder, family, source, component, tuned)
+    if plan.precision == 32 and component not in plan.half:
+        _require_parity(folder, family, source, component, tuned, clips)
 
 
 def _require_parity(
-    folder: Path, family: Family, source: Source, component: str, tuned: Mapping[str, Tensor]
-) -> None:
+    folder: Path, family: Family, source: Source, component: str, tuned: Mapping[str, Tensor],
+    clips: Sequence[Geometry],
+) -> None:  # fmt: skip
     """Runs the component in torch and compares; one too large for that is said to be unchecked."""
     if (size := 4 * family.parameters(source)[component]) > _LARGEST_FOR_PARITY:
         log.warning(
@@ -130,7 +144,7 @@ def _require_parity(
     module = family.load(source, component)
     for name, value in tuned.items():
         module.get_parameter(name).data = value
-    require_parity(folder, family.graphs(source, component, module), tolerance=_PARITY)
+    require_parity(folder, family.graphs(source, component, module, clips), tolerance=_PARITY)
 
 
 def _how(layer: LayerPlan, quantized: QuantizedModel) -> str:
@@ -221,11 +235,11 @@ def _write_json(path: Path, document: object) -> None:
 def _manifest(
     work: Work, family: Family, source: Source, model: str, plan: Plan,
     quantized: QuantizedModel, recipe: Recipe, rounded: Entry | None,
-    sizes: Mapping[str, Mapping[str, int]],
+    sizes: Mapping[str, Mapping[str, int]], clips: Sequence[Geometry],
 ) -> Manifest:  # fmt: skip
     normal = family.latent_statistics(source)
     return Manifest(
-        schema=contract.SCHEMA,
+        schema=SCHEMA,
         recipe={
             "name": recipe.name,
             "digest": recipe.digest,
@@ -236,9 +250,8 @@ def _manifest(
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,
         sampler=replace(family.sampler(source), corrections=_corrections(rounded)),
-        geometry=family.geometry(source),
+        buckets=family.buckets(source, clips),
         text_length=family.text_length(source),
-        latent_shape=family.latent_shape(source),
         latents_mean=normal[0],
         latents_std=normal[1],
         layers=tuple(
@@ -258,5 +271,6 @@ def _manifest(
         lineage=({"stage": "quantize", "digest": rounded.digest},) if rounded else (),
         made_with={name: version(name) for name in ("hbxt-compress", *FACTS)},
         session=SESSION_OPTIONS,
+        targets=target_records(work.folder, recipe.export.targets),
         files=_records(work),
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hbxt_compress.artifact import Manifest
 from hbxt_compress.clips import Clip, ClipSet, health, write_mp4
 from hbxt_compress.errors import UsageError, listing
+from hbxt_compress.manifest import Manifest
 from hbxt_compress.metrics import (
     METRICS,
     ClipMetric,

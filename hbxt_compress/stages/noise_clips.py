@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import CalibrationError, SourceError, listing
 from hbxt_compress.footage import timed_frames, video_seconds
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.prompts import ClipFile, Clips, PromptSet, seed_of

@@ -11,16 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from hbxt_compress.artifact import (
-    SCHEMA,
-    Artifact,
-    FileRecord,
-    Manifest,
-    record_files,
-    write_manifest,
-)
+from hbxt_compress.artifact import Artifact, record_files, write_manifest
 from hbxt_compress.errors import ArtifactError
 from hbxt_compress.external_data import external_data
+from hbxt_compress.manifest import SCHEMA, FileRecord, Manifest
 from tests.fake_artifact import SAMPLER, make_artifact, rewrite_manifest
 
 
@@ -116,11 +110,27 @@ def test_keys_unknown_missing_and_mistyped_are_all_named(folder):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d["geometry"].update(depth=3), "geometry.depth: unknown key"),
+        (lambda d: d["buckets"][0]["geometry"].update(depth=3), "geometry.depth: unknown key"),
+        (lambda d: d["buckets"][0].pop("first"), "buckets[0].first: missing"),
+        (lambda d: d["buckets"].clear(), "buckets: none"),
+        (
+            lambda d: d["buckets"][0].update(next="model_2.onnx"),
+            "vae_decoder/model_2.onnx: the runt",
+        ),
+        (lambda d: d["targets"].update(gfx1201={"runtime": "x"}), "targets.gfx1201.nodes: missing"),
+        (
+            lambda d: d["targets"].update(
+                cpu={"runtime": "cpu", "nodes": {}, "settings": {"cpu": {"environment": {"A": 1}}}}
+            ),
+            "targets.cpu.settings.cpu.environment: not texts by name",
+        ),
         (lambda d: d["files"][1].pop("sha256"), "files[1].sha256: missing"),
         (lambda d: d["layers"][0].update(error="x"), "layers[0].error: str"),
         (lambda d: d["session"].update(key=1), "session.key: 1 is not text"),
-        (lambda d: d.update(latent_shape=[3, 3, 2]), "latent_shape: [3, 3, 2]"),
+        (
+            lambda d: d["buckets"][0].update(latent_shape=[3, 3, 2]),
+            "buckets[0].latent_shape: [3, 3, 2]",
+        ),
         (lambda d: d.update(latents_std=[1.0]), "latents_std: 1 entries"),
         (lambda d: d["sampler"].update(n_steps=0), "n_steps 0"),
         (lambda d: d.update(schema=0), "schema: 0"),

@@ -13,9 +13,16 @@ import pytest
 
 from hbxt_compress.cli import main
 from hbxt_compress.errors import ArtifactError, UsageError
-from hbxt_compress.graph.check import DEFAULT_TARGETS, check_targets, default_runtime
+from hbxt_compress.graph.check import check_targets
 from hbxt_compress.graph.judge import Judgement, judge, read_graph
-from hbxt_compress.graph.table import MODEL, RUNTIMES, VERDICTS, table
+from hbxt_compress.graph.table import (
+    DEFAULT_TARGETS,
+    MODEL,
+    RUNTIMES,
+    VERDICTS,
+    default_runtime,
+    table,
+)
 from tests.small_graphs import BAD, GOOD, Bad
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbxt_compress.artifact import Geometry, LayerFate, Manifest
 from hbxt_compress.clips import Clip, ClipSet
 from hbxt_compress.errors import UsageError
+from hbxt_compress.geometry import Geometry
+from hbxt_compress.manifest import Bucket, LayerFate, Manifest
 from hbxt_compress.metrics import WeightFiles
 from hbxt_compress.report import Measurement, QualityReport
 from hbxt_compress.sampler import SamplerSpec
@@ -37,7 +38,7 @@ def _manifest() -> Manifest:
         limit_db=4.0,
     )
     return Manifest(
-        schema=2,
+        schema=3,
         recipe={"name": "w4a16"},
         source={"model": "builtin/tiny-wan"},
         components={
@@ -45,15 +46,23 @@ def _manifest() -> Manifest:
             "vae": {"before": 500, "after": 500},
         },
         sampler=SamplerSpec(solver="euler", n_steps=3, shift=3.0, guidance=1.0),
-        geometry=Geometry(height=16, width=16, n_frames=5, fps=8.0),
+        buckets=(
+            Bucket(
+                geometry=Geometry(height=16, width=16, n_frames=5, fps=8.0),
+                latent_shape=(4, 2, 2, 2),
+                transformer="model.onnx",
+                first="model_first.onnx",
+                next="model.onnx",
+            ),
+        ),
         text_length=32,
-        latent_shape=(4, 2, 2, 2),
         latents_mean=(0.0,) * 4,
         latents_std=(1.0,) * 4,
         layers=(layer, replace(layer, name="transformer/proj_out", format="keep", error=None)),
         lineage=(),
         made_with={"numpy": "2"},
         session={},
+        targets={},
         files=(),
     )
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.clips import read_video, write_mp4
 from hbxt_compress.errors import CalibrationError, SourceError
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.prompts import PromptSet, load_prompts, seed_of

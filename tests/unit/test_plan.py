@@ -7,9 +7,9 @@ import pytest
 from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.algorithms.smooth_quant import SmoothQuant
 from hbxt_compress.algorithms.solver import SolverRefit
-from hbxt_compress.artifact import Geometry
 from hbxt_compress.errors import PlanError
 from hbxt_compress.formats import FORMATS
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.layers import LayerName, LayerSpec, matches
 from hbxt_compress.plan import Shown, make_plan, require_own_trajectories
 from hbxt_compress.recipe import Acceptance, Recipe, Rule
