@@ -21,8 +21,10 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import Clip, HealthTally, health, to_uint8
 from hbxt_compress.errors import HealthError, UsageError, listing
 from hbxt_compress.manifest import Bucket, Manifest
+from hbxt_compress.runtime.gpus import find_gpus
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.session import Provider, Session, open_session
+from hbxt_compress.runtime.settings import ProviderSettings, settings_for
 from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.sampler import SamplerSpec
 
@@ -40,6 +42,7 @@ class _Residents:
     n_threads: int | None
     config: dict[str, str]
     keep: bool
+    settings: dict[str, ProviderSettings]
     open: dict[str, Session] = field(default_factory=dict)
     used: dict[str, str] = field(default_factory=dict)
 
@@ -49,8 +52,9 @@ class _Residents:
             if not self.keep:
                 self.close(but=component)
             self.open[path] = open_session(
-                self.folder / path, self.provider, n_threads=self.n_threads, config=self.config
-            )
+                self.folder / path, self.provider, n_threads=self.n_threads, config=self.config,
+                settings=self.settings,
+            )  # fmt: skip
             self.used[path] = self.open[path].provider
         return self.open[path]
 
@@ -95,6 +99,7 @@ class Runtime:
             n_threads=n_threads,
             config=dict(artifact.manifest.session),
             keep=keep,
+            settings=settings_for(artifact.manifest.targets, find_gpus()),
         )
         return cls(artifact, residents, bucket)
 

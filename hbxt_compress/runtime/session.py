@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from hbxt_compress.errors import RuntimeUnavailable, UsageError, listing
+from hbxt_compress.runtime.settings import ProviderSettings
 
 __all__ = ["AMDGPU_LIBRARY", "Provider", "Session", "installed_providers", "open_session"]
 
@@ -77,13 +78,13 @@ def open_session(
     *,
     n_threads: int | None = None,
     config: Mapping[str, str] | None = None,
-    provider_options: Mapping[str, str] | None = None,
+    settings: Mapping[str, ProviderSettings] | None = None,
 ) -> Session:
     """The graph opened on the provider asked for, never silently on another one.
 
     `auto` is the first of amdgpu, migraphx, rocm that is installed and opens the graph; the CPU
     only where none of them is installed. config: session config entries, all applied as they are.
-    n_threads: of the CPU; None leaves it to ONNX Runtime.
+    n_threads: of the CPU; None leaves it to ONNX Runtime. settings: by provider what it is told.
 
     Raises:
         UsageError: a provider of another name.
@@ -101,7 +102,9 @@ def open_session(
             reasons.append(f"{candidate}: not part of onnxruntime {ort.__version__} here")
             continue
         try:
-            session = _open(path, candidate, n_threads, config or {}, provider_options or {})
+            session = _open(
+                path, candidate, n_threads, config or {}, (settings or {}).get(candidate)
+            )
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             reasons.append(f"{candidate}: {_short(error)}")
             continue
@@ -119,8 +122,10 @@ def _open(
     provider: str,
     n_threads: int | None,
     config: Mapping[str, str],
-    provider_options: Mapping[str, str],
+    told: ProviderSettings | None,
 ) -> Session:
+    told = told or ProviderSettings()
+    told.set_variables()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # every failure reaches the user as an exception
     options.inter_op_num_threads = 1
@@ -135,11 +140,11 @@ def _open(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         ort.set_default_logger_severity(4)  # a provider that cannot load complains there, too
     if provider == "amdgpu" and name not in ort.get_available_providers():
-        options.add_provider_for_devices(_amdgpu_devices(), dict(provider_options))
+        options.add_provider_for_devices(_amdgpu_devices(), dict(told.options))
         inner = ort.InferenceSession(str(path), options, enable_fallback=0)
     else:
         inner = ort.InferenceSession(
-            str(path), options, providers=[(name, dict(provider_options))], enable_fallback=0
+            str(path), options, providers=[(name, dict(told.options))], enable_fallback=0
         )
     inner.disable_fallback()
     used = inner.get_providers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import onnxruntime as ort
 import pytest
 
 from hbxt_compress.errors import RuntimeUnavailable, UsageError
+from hbxt_compress.manifest import TargetRecord
 from hbxt_compress.runtime import session
+from hbxt_compress.runtime.gpus import Gpu
 from hbxt_compress.runtime.session import installed_providers, open_session
+from hbxt_compress.runtime.settings import ProviderSettings, cache_folder, settings_for
 from tests.fake_artifact import LATENT_SHAPE, TEXT_LENGTH, make_artifact, velocity
 
 
@@ -82,7 +86,7 @@ def test_a_silent_fallback_is_refused(graph, monkeypatch, provider):
         open_session(graph, provider)
 
 
-def test_a_gpu_is_asked_for_alone_and_without_fallback(graph, monkeypatch):
+def test_a_gpu_is_asked_for_alone_and_without_fallback(graph, monkeypatch, caplog):
     seen = []
 
     class GpuSession(ForgetfulSession):
@@ -97,7 +101,20 @@ def test_a_gpu_is_asked_for_alone_and_without_fallback(graph, monkeypatch):
 
     pretend(monkeypatch, "MIGraphXExecutionProvider")
     monkeypatch.setattr(ort, "InferenceSession", GpuSession)
-    opened = open_session(graph, "auto", provider_options={"migraphx_fp16_enable": "1"})
+    monkeypatch.setenv("HBXT_OWN", "user's")
+    monkeypatch.delenv("HBXT_NEW", raising=False)
+    told = {
+        "migraphx": ProviderSettings(
+            environment={"HBXT_NEW": "attention", "HBXT_OWN": "fused"},
+            options={"migraphx_fp16_enable": "1"},
+        ),
+        "cpu": ProviderSettings(environment={"HBXT_OWN": "cpu"}),
+    }
+    opened = open_session(graph, "auto", settings=told)
+    assert os.environ["HBXT_NEW"] == "attention"
+    assert os.environ["HBXT_OWN"] == "user's"
+    assert "HBXT_OWN is user's here; this artifact was made for fused" in caplog.text
+    monkeypatch.delenv("HBXT_NEW")
     assert opened.provider == "migraphx"
     assert seen[0].asked == [("MIGraphXExecutionProvider", {"migraphx_fp16_enable": "1"})]
     assert seen[0].retries == 0
@@ -164,3 +181,44 @@ def test_nothing_is_printed(graph, monkeypatch, capfd):
     with pytest.raises(RuntimeUnavailable):
         open_session(graph.with_name("absent.onnx"), "cpu")
     assert capfd.readouterr() == ("", "")
+
+
+_RECORD = TargetRecord(
+    runtime="migraphx",
+    nodes={"runs": 3},
+    settings={
+        "migraphx": {
+            "environment": {"MIGRAPHX_MLIR_USE_SPECIFIC_OPS": "attention"},
+            "options": {"migraphx_model_cache_dir": "{cache}"},
+        },
+        "amdgpu": {"environment": {}, "options": {"cache_dir": "{cache}", "device_id": "0"}},
+    },
+)
+
+
+def _gpu(target: str) -> Gpu:
+    return Gpu(target=target, n_compute_units=64, vram_bytes=1 << 34)
+
+
+def test_settings_are_those_of_the_first_gpu(tmp_path):
+    found = settings_for({"gfx1201": _RECORD}, [_gpu("gfx1201"), _gpu("gfx1100")], tmp_path)
+    assert found["migraphx"].environment == {"MIGRAPHX_MLIR_USE_SPECIFIC_OPS": "attention"}
+    assert found["migraphx"].options == {"migraphx_model_cache_dir": str(tmp_path)}
+    assert found["amdgpu"].options == {"cache_dir": str(tmp_path), "device_id": "0"}
+    kept = settings_for({"gfx1201": _RECORD}, [_gpu("gfx1201")])["amdgpu"].options["cache_dir"]
+    assert kept == str(cache_folder() / "compiled")
+
+
+def test_a_gpu_that_nobody_checked_gets_no_settings_and_is_told(caplog):
+    assert settings_for({"gfx1201": _RECORD}, [_gpu("gfx1102")]) == {}
+    assert "was checked for gfx1201, not for the GPU here, gfx1102" in caplog.text
+    caplog.clear()
+    assert settings_for({"gfx1201": _RECORD}, []) == {}
+    assert settings_for({}, [_gpu("gfx1201")]) == {}
+    assert not caplog.text
+
+
+def test_the_cache_folder_is_the_users(tmp_path):
+    assert cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "hbxt"
+    assert cache_folder({"XDG_CACHE_HOME": "not/absolute"}) == Path.home() / ".cache" / "hbxt"
+    assert cache_folder({}) == Path.home() / ".cache" / "hbxt"
