@@ -70,7 +70,9 @@ def export(
         if not work.ranks.owns(i):
             continue
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
-        make = partial(_write, family, source, component, plan, quantized, clips, ranges)
+        make = partial(
+            _write, family, source, component, plan, quantized, clips=clips, ranges=ranges
+        )
         work.piece(component, make, needs_bytes=planned[component]["after"])
     work.ranks.barrier()
     if not work.ranks.leads:
@@ -93,9 +95,10 @@ def _write(
     component: str,
     plan: Plan,
     quantized: QuantizedModel,
-    clips: Sequence[Geometry],
-    ranges: Mapping[str, Entry],
     folder: Path,
+    *,
+    clips: Sequence[Geometry] = (),
+    ranges: Mapping[str, Entry] = _NO_RANGES,
 ) -> None:
     stored, tuned = family.weights(source, component), _tuned(component, quantized)
     if lost := sorted(tuned.keys() - set(stored.names)):
