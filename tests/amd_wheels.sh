@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs an artifact on AMD's builds of ONNX Runtime, each in a venv of its own, without a GPU: every
-# graph must load and generate on the CPU when asked to, and the GPU provider must be refused.
+# graph must load and generate on the CPU when asked to, the GPU provider must be refused, and both
+# must generate the same clip.
 # Usage: tests/amd_wheels.sh ARTIFACT [PYTHON]
 set -euo pipefail
 artifact=$(realpath "$1")
@@ -31,4 +32,14 @@ for wheel in rocm==1.22.2.post3 migraphx==1.27.1; do
         echo "onnxruntime-$wheel: refuses $provider: $(head -n 1 "$work/refusal")"
     fi
 done
+[ $failed = 0 ] && "$bin/python" - "$work"/rocm.mp4 "$work"/migraphx.mp4 <<'PSNR' || failed=1
+import sys
+import numpy as np
+from hbxt_compress.clips import read_video
+
+one, other = (read_video(path).astype(float) for path in sys.argv[1:])
+psnr = 10 * np.log10(255**2 / max(1e-9, float(((one - other) ** 2).mean())))
+print(f"both wheels: {psnr:.1f} dB between their clips")
+sys.exit(0 if psnr >= 40 else "too far apart: at least 40 dB are expected")
+PSNR
 exit $failed
