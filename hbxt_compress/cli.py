@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -231,20 +232,39 @@ def generate(
     artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None,
     geometry: str | None, out: Path, provider: Provider, threads: int | None,
 ) -> None:  # fmt: skip
-    """Generate a clip with ARTIFACT."""
+    """Generate a clip with ARTIFACT.
+
+    Ctrl-C or SIGTERM while frames are decoded leaves a clip of those that are finished; before that
+    nothing is written.
+    """
     if out.suffix.lower() != ".mp4":
         raise UsageError(f"--out {out}: clips are written as .mp4; give a name that ends so")
     from hbxt_compress import show
     from hbxt_compress.clips import write_mp4
     from hbxt_compress.runtime.generate import Runtime
+    from hbxt_compress.stopping import Stopped, until_stopped
 
     def step(done: int, total: int) -> None:
         log.info("step", extra={"progress": (done, total, "denoising")})
 
-    with Runtime.open(artifact, provider=provider, n_threads=threads, size=geometry) as runtime:
-        frames = runtime.stream(prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
-        n_frames = write_mp4(out, frames, runtime.bucket.geometry.fps)
-        show.clip(out, n_frames, runtime.bucket.geometry, sorted(set(runtime.providers.values())))
+    stops: list[Stopped] = []
+    kept = "nothing was written"
+    try:
+        with Runtime.open(artifact, provider=provider, n_threads=threads, size=geometry) as runtime:
+            size = runtime.bucket.geometry
+            frames = runtime.stream(
+                prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step
+            )
+            with closing(until_stopped(frames, stops)) as finished:
+                n_frames = write_mp4(out, finished, size.fps)
+            kept = f"{out} holds {n_frames} of {size.n_frames} frames"
+            if stops:
+                raise stops[0]
+            show.clip(out, n_frames, size, sorted(set(runtime.providers.values())))
+    except Stopped as stopped:
+        stopped.add_note(kept)
+        stopped.advice = "the same command starts over"
+        raise
 
 
 @hbxt.command()

@@ -64,7 +64,7 @@ def _failed(error: BaseException, given: Sequence[str]) -> int:
         return error.exit_code
     if isinstance(error, Stopped | click.Abort | KeyboardInterrupt):
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        _tell([f"stopped by {stopped}", *_kept(error), "run the same command to continue"])
+        _tell([f"stopped by {stopped}", *_kept(error), stopped.advice])
         return stopped.exit_code
     if not isinstance(error, HbxtError | OSError):
         raise error
