@@ -227,10 +227,19 @@ def evaluate(
 @click.option("--geometry", help="Clip size, one of the artifact's; default: its first.")
 @click.option("--out", type=_path, default=Path("clip.mp4"))
 @click.option("--provider", type=_provider, default="auto", help="What runs the graphs.")
+@click.option(
+    "--cache",
+    type=_path,
+    envvar="HBXT_CACHE",
+    help="Folder where prompts are kept encoded, at most 1 GB of them; default: hbxt/prompts in "
+    "XDG_CACHE_HOME or ~/.cache.",
+)
+@click.option("--no-cache", is_flag=True, help="Encode the prompt anew and do not keep it.")
 @_threads
 def generate(
     artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None,
-    geometry: str | None, out: Path, provider: Provider, threads: int | None,
+    geometry: str | None, out: Path, provider: Provider, cache: Path | None, no_cache: bool,
+    threads: int | None,
 ) -> None:  # fmt: skip
     """Generate a clip with ARTIFACT.
 
@@ -242,6 +251,7 @@ def generate(
     from hbxt_compress import show
     from hbxt_compress.clips import write_mp4
     from hbxt_compress.runtime.generate import Runtime
+    from hbxt_compress.runtime.prompt_cache import default_folder
     from hbxt_compress.stopping import Stopped, until_stopped
 
     def step(done: int, total: int) -> None:
@@ -250,7 +260,10 @@ def generate(
     stops: list[Stopped] = []
     kept = "nothing was written"
     try:
-        with Runtime.open(artifact, provider=provider, n_threads=threads, size=geometry) as runtime:
+        prompts = None if no_cache else cache or default_folder()
+        with Runtime.open(
+            artifact, provider=provider, n_threads=threads, size=geometry, cache=prompts
+        ) as runtime:
             size = runtime.bucket.geometry
             frames = runtime.stream(
                 prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Final, TypeVar
@@ -51,7 +51,7 @@ def stoppable() -> Iterator[list[Stopped]]:
         yield raised
 
 
-def until_stopped(items: Iterable[T], noted: list[Stopped]) -> Iterator[T]:
+def until_stopped(items: Iterable[T], noted: list[Stopped]) -> Generator[T, None, None]:
     """The items, up to the one at which a signal comes: that is the last, and the signal is noted.
 
     Whoever takes them is not interrupted; a second signal kills. Before the first item is there a

@@ -52,6 +52,12 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prompts are not kept in the cache of whoever runs the tests."""
+    monkeypatch.setenv("HBXT_CACHE", str(tmp_path_factory.getbasetemp() / "prompts"))
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Third-party code may draw from the global generators; ours never does."""
     random.seed(_SEED)

@@ -22,6 +22,7 @@ from hbxt_compress.clips import Clip, HealthTally, health, to_uint8
 from hbxt_compress.errors import HealthError, UsageError, listing
 from hbxt_compress.manifest import Bucket, Manifest
 from hbxt_compress.runtime.gpus import find_gpus
+from hbxt_compress.runtime.prompt_cache import PromptCache
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.session import Provider, Session, open_session
 from hbxt_compress.runtime.settings import ProviderSettings, settings_for
@@ -66,10 +67,17 @@ class _Residents:
 class Runtime:
     """Generates from one artifact: `with Runtime.open(folder) as runtime: runtime.generate(...)`"""
 
-    def __init__(self, artifact: Artifact, residents: _Residents, bucket: Bucket) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        residents: _Residents,
+        bucket: Bucket,
+        cache: PromptCache | None = None,
+    ) -> None:
         self.artifact = artifact
         self.bucket = bucket
         self._residents = residents
+        self._cache = cache
         self._tokenize = PromptTokenizer(artifact.folder / "tokenizer", self.manifest.text_length)
 
     @classmethod
@@ -82,10 +90,12 @@ class Runtime:
         verify: bool = True,
         keep: bool = False,
         size: str | None = None,
+        cache: Path | None = None,
     ) -> Self:
         """A runtime on an artifact; keep=True keeps every graph open between clips.
 
-        size: of its clips, as 480x832x81; None: the artifact's first.
+        size: of its clips, as 480x832x81; None: the artifact's first. cache: folder of prompts'
+        features; the text encoder is opened for what it lacks only.
 
         Raises:
             ArtifactError: the artifact is damaged, too new or reaches out of its folder.
@@ -101,7 +111,10 @@ class Runtime:
             keep=keep,
             settings=settings_for(artifact.manifest.targets, find_gpus()),
         )
-        return cls(artifact, residents, bucket)
+        if cache is None:
+            return cls(artifact, residents, bucket)
+        prompts = PromptCache.of(cache, artifact.manifest, provider, n_threads)
+        return cls(artifact, residents, bucket, prompts)
 
     def __enter__(self) -> Self:
         return self
@@ -270,6 +283,11 @@ class Runtime:
     def encode(self, prompt: str) -> np.ndarray:
         """The text features of a prompt, float32 1 L D; rows of padding are zero."""
         ids, mask = self._tokenize(prompt)
+        if self._cache is not None:
+            return self._cache.get(ids, mask, lambda: self._encoded(ids, mask))
+        return self._encoded(ids, mask)
+
+    def _encoded(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         session = self._residents.get("text_encoder")
         hidden = session.run({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
         return np.where(mask[..., None] > 0, hidden, np.float32(0))
