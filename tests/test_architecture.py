@@ -85,7 +85,7 @@ SIDEWAYS = {
     ("show", "doctor"): "what it found is shown",
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
-RUNTIME_MAY_USE = {"artifact", "manifest", "geometry", "sampler", "clips", "errors"}
+RUNTIME_MAY_USE = {"artifact", "manifest", "geometry", "sampler", "clips", "errors", "heap"}
 
 # library -> the only places that may import it
 HOMES = {

@@ -1,8 +1,8 @@
 """Runtime: an artifact that generates clips.
 
-One component is in memory at a time (text encoder, transformer, its second expert, VAE decoder),
-unless keep=True, which opens each graph once for many clips. Frames stream out of the VAE latent
-frame by latent frame, so memory does not grow with the clip's length.
+One graph is in memory at a time (text encoder, transformer, its second expert, VAE decoder), unless
+keep=True, which opens each graph once for many clips. Frames stream out of the VAE latent frame by
+latent frame, so memory does not grow with the clip's length.
 
 Legend: L tokens, D text features, C T H W channels, frames, height and width (of latents).
 """
@@ -20,6 +20,7 @@ import numpy as np
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import Clip, HealthTally, health, to_uint8
 from hbxt_compress.errors import HealthError, UsageError, listing
+from hbxt_compress.heap import give_back
 from hbxt_compress.manifest import Bucket, Manifest
 from hbxt_compress.runtime.gpus import find_gpus
 from hbxt_compress.runtime.prompt_cache import PromptCache
@@ -36,7 +37,7 @@ Progress = Callable[[int, int], None]  # steps done, steps in all
 
 @dataclass(slots=True, kw_only=True)
 class _Residents:
-    """The open graphs. Without keep, opening one component closes every other."""
+    """The open graphs. Without keep, opening one closes every other."""
 
     folder: Path
     provider: Provider
@@ -51,7 +52,7 @@ class _Residents:
         path = f"{component}/{file}"
         if path not in self.open:
             if not self.keep:
-                self.close(but=component)
+                self.close()
             self.open[path] = open_session(
                 self.folder / path, self.provider, n_threads=self.n_threads, config=self.config,
                 settings=self.settings,
@@ -59,9 +60,13 @@ class _Residents:
             self.used[path] = self.open[path].provider
         return self.open[path]
 
-    def close(self, but: str | None = None) -> None:
-        for path in [path for path in self.open if path.split("/")[0] != but]:
-            del self.open[path]
+    def close(self) -> None:
+        """Frees every graph, also where a caller still holds its session."""
+        if self.open:
+            for session in self.open.values():
+                session.close()
+            self.open.clear()
+            give_back()
 
 
 class Runtime:

@@ -62,6 +62,10 @@ class Session:
         """Every output by name."""
         return dict(zip(self.outputs, self._inner.run(None, dict(inputs)), strict=True))
 
+    def close(self) -> None:
+        """Frees the graph and its weights, whoever still holds the session; it cannot run again."""
+        del self._inner
+
 
 def installed_providers() -> tuple[str, ...]:
     """Short names of what this onnxruntime has, built in or as plug-in; no proof that it works."""
