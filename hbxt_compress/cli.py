@@ -251,7 +251,7 @@ def generate(
     from hbxt_compress import show
     from hbxt_compress.clips import write_mp4
     from hbxt_compress.runtime.generate import Runtime
-    from hbxt_compress.runtime.prompt_cache import default_folder
+    from hbxt_compress.runtime.settings import cache_folder
     from hbxt_compress.stopping import Stopped, until_stopped
 
     def step(done: int, total: int) -> None:
@@ -260,7 +260,7 @@ def generate(
     stops: list[Stopped] = []
     kept = "nothing was written"
     try:
-        prompts = None if no_cache else cache or default_folder()
+        prompts = None if no_cache else cache or cache_folder() / "prompts"
         with Runtime.open(
             artifact, provider=provider, n_threads=threads, size=geometry, cache=prompts
         ) as runtime:

@@ -118,7 +118,10 @@ class Runtime:
         )
         if cache is None:
             return cls(artifact, residents, bucket)
-        prompts = PromptCache.of(cache, artifact.manifest, provider, n_threads)
+        prompts = PromptCache.of(
+            cache, artifact.manifest, provider=provider, n_threads=n_threads,
+            settings=residents.settings,
+        )  # fmt: skip
         return cls(artifact, residents, bucket, prompts)
 
     def __enter__(self) -> Self:

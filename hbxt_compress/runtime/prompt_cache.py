@@ -26,8 +26,9 @@ from safetensors.numpy import save
 
 from hbxt_compress.manifest import Manifest
 from hbxt_compress.runtime.session import Provider, installed_providers
+from hbxt_compress.runtime.settings import ProviderSettings
 
-__all__ = ["MOST_BYTES", "PromptCache", "default_folder"]
+__all__ = ["MOST_BYTES", "PromptCache"]
 
 MOST_BYTES: Final = 1_000_000_000
 _log = logging.getLogger(__name__)
@@ -49,7 +50,13 @@ class PromptCache:
 
     @classmethod
     def of(
-        cls, folder: Path, manifest: Manifest, provider: Provider, n_threads: int | None
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        provider: Provider,
+        n_threads: int | None,
+        settings: Mapping[str, ProviderSettings],
     ) -> Self:
         """The cache of an artifact's text encoder as a provider runs it on this machine."""
         digests = {one.path: one.sha256 for one in manifest.files}
@@ -57,6 +64,7 @@ class PromptCache:
             "encoder": {p: d for p, d in digests.items() if p.startswith("text_encoder/")},
             "session": dict(manifest.session),
             "provider": [provider, *(installed_providers() if provider == "auto" else ())],
+            "settings": repr(sorted(settings.items())),
             "threads": n_threads or os.cpu_count(),
             "onnxruntime": onnxruntime.__version__,
             "processor": _processor(),
@@ -121,16 +129,6 @@ class PromptCache:
                 break
             path.unlink(missing_ok=True)
             left -= size
-
-
-def default_folder() -> Path | None:
-    """The user's cache folder, as the XDG specification has it; None for a user without home."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        base = given if given.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return base / "hbxt" / "prompts"
 
 
 def _processor() -> str:

@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from hbxt_compress import cli
 from hbxt_compress.runtime import Runtime, generate
-from hbxt_compress.runtime.prompt_cache import MOST_BYTES, PromptCache, default_folder
+from hbxt_compress.runtime.prompt_cache import MOST_BYTES, PromptCache
 from tests.fake_artifact import TEXT_LENGTH, make_artifact, rewrite_manifest
 
 PROMPT = "a red circle moving left"
@@ -280,24 +280,6 @@ with Runtime.open(Path(sys.argv[1]), provider="cpu", n_threads=1, cache=Path(sys
     whole = digest(folder)
     assert [one.communicate() for one in pair] == [(f"{whole}\n", "")] * 2
     assert len(files(cache)) == 2
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"XDG_CACHE_HOME": "/var/c", "HOME": "/h"}, "/var/c/hbxt/prompts"),
-        ({"XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/hbxt/prompts"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/hbxt/prompts"),
-        ({"HOME": "/h"}, "/h/.cache/hbxt/prompts"),
-    ],
-)
-def test_the_default_folder(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: str
-) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert default_folder() == Path(expected)
 
 
 @pytest.mark.parametrize("how", ["option", "variable", "default", "off"])
