@@ -61,7 +61,8 @@ class RmsNorm(nn.Module):
         self.eps = torch.finfo(torch.float32).eps if eps is None else eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        # a power, not a product: so ONNX Runtime knows the pattern and computes it in one pass
+        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class LayerNorm(nn.Module):

@@ -21,6 +21,7 @@ from hbxt_compress.formats import WeightFormat
 from hbxt_compress.formats.activations import ACTIVATIONS, ActivationFormat
 from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, Value, content_of, name_of, present
 from hbxt_compress.graph.half import LAYER, compute_in_half
+from hbxt_compress.graph.modulation import fold_modulation
 from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
 from hbxt_compress.graph.storage import Storage
@@ -47,6 +48,7 @@ def lower(
     half, ranges: whether products are float16, and of what size their numbers, see graph/half.py.
     """
     cancel_transposes(model)
+    fold_modulation(model)
     lower_linears(model, storage)
     store_other_weights(model, storage)
     expand_fills(model)

@@ -231,10 +231,14 @@ def _attention(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x, 1 S H*D, with each pair of neighbours turned by its token's angle; cos, sin S 1 D/2."""
+    """x, 1 S H*D, with each pair of neighbours turned by its token's angle; cos, sin S 1 D/2.
+
+    Of each head all first numbers come out before all second ones: queries and keys multiply to the
+    same in any order, and in this one they are put together in long runs.
+    """
     pairs = x.unflatten(-1, (-1, cos.shape[-1], 2))
     even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(2)
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(2)
 
 
 class _TextEncoder(nn.Module):

@@ -12,6 +12,7 @@ from hbxt_compress.torchvision_ops import mend_torchvision
 mend_torchvision()
 
 import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
@@ -120,6 +121,19 @@ def test_the_transformer_is_made_of_the_intended_nodes(denoiser) -> None:
     assert {"blocks.1.attn1.to_q.weight", "patch_embedding.weight", "rope.cos"} <= names
     assert proto.ir_version == 10
     assert {(o.domain, o.version) for o in proto.opset_import} == {("", 18), ("com.microsoft", 1)}
+
+
+def test_onnx_runtime_computes_each_norm_of_the_transformer_in_one_pass(
+    denoiser, tmp_path: Path
+) -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(denoiser[0] / "model.onnx", options)
+    operators = _operators(tmp_path / "optimized.onnx")
+    assert operators["SimplifiedLayerNormalization"] == 2 * 4  # of queries and keys
+    assert operators["LayerNormalization"] + operators["SkipLayerNormalization"] == 2 * 3 + 1
+    assert not {"ReduceMean", "Pow", "Sqrt", "Div"} & set(operators)
 
 
 @pytest.mark.parametrize("name", ["int4-g128", "int8-channel"])
