@@ -24,6 +24,7 @@ from hbxt_compress.graph.half import LAYER, compute_in_half
 from hbxt_compress.graph.modulation import fold_modulation
 from hbxt_compress.graph.naming import name_everything
 from hbxt_compress.graph.ops import LINEAR_DOMAIN
+from hbxt_compress.graph.parts import feed_forward_in_parts
 from hbxt_compress.graph.storage import Storage
 from hbxt_compress.graph.transform import emit_transform
 
@@ -54,6 +55,7 @@ def lower(
     expand_fills(model)
     if half:
         compute_in_half(model, ranges)
+    feed_forward_in_parts(model)
     clean_up(model)
     name_everything(model)
 

@@ -137,6 +137,10 @@ def _open(
         options.intra_op_num_threads = n_threads
     for key, value in config.items():
         options.add_session_config_entry(key, value)
+    if (
+        provider == "cpu"
+    ):  # a block planned ahead lies beside the arena; reuse keeps values too long
+        options.enable_mem_pattern = options.enable_mem_reuse = False
     if provider == "cpu" and _saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
     name = _NAMES[provider]
