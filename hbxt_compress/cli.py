@@ -225,11 +225,12 @@ def evaluate(
 @click.option("--guidance", type=click.FloatRange(0, 100), help="Default: the model's own.")
 @click.option("--geometry", help="Clip size, one of the artifact's; default: its first.")
 @click.option("--out", type=_path, default=Path("clip.mp4"))
+@click.option("--tiled", is_flag=True, help="Decode frames tile by tile, in less memory.")
 @click.option("--provider", type=_provider, default="auto", help="What runs the graphs.")
 @_threads
 def generate(
     artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None,
-    geometry: str | None, out: Path, provider: Provider, threads: int | None,
+    geometry: str | None, out: Path, tiled: bool, provider: Provider, threads: int | None,
 ) -> None:  # fmt: skip
     """Generate a clip with ARTIFACT."""
     if out.suffix.lower() != ".mp4":
@@ -241,7 +242,9 @@ def generate(
     def step(done: int, total: int) -> None:
         log.info("step", extra={"progress": (done, total, "denoising")})
 
-    with Runtime.open(artifact, provider=provider, n_threads=threads, size=geometry) as runtime:
+    with Runtime.open(
+        artifact, provider=provider, n_threads=threads, size=geometry, tiled=tiled
+    ) as runtime:
         frames = runtime.stream(prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
         n_frames = write_mp4(out, frames, runtime.bucket.geometry.fps)
         show.clip(out, n_frames, runtime.bucket.geometry, sorted(set(runtime.providers.values())))

@@ -267,6 +267,7 @@ def _manifest(folder: Path, sampler: SamplerSpec, session: dict[str, str]) -> Ma
                 transformer="model.onnx",
                 first="model_first.onnx",
                 next="model.onnx",
+                tile=None,
             ),
         ),
         text_length=TEXT_LENGTH,
