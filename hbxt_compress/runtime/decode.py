@@ -2,7 +2,7 @@
 
 Every tile keeps the caches of its convolutions, so frames come out in order and memory does not
 grow with the clip. All tiles have one size: they are spread evenly over the frame, and what two of
-them show is blended linearly. C T H W: channels, frames, height and width.
+them show is blended. C T H W: channels, frames, height and width.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ def starts(whole: int, side: int, overlap: int) -> list[int]:
 def ramps(begins: list[int], side: int) -> list[np.ndarray]:
     """What each tile's pixels count for along one side, float32; at each place the sum is 1.
 
-    Where a tile meets those before it, its share rises linearly, from the first pixel it shares
-    with the last of them to the last, and theirs falls.
+    A tile's share rises linearly in the middle half of what it has in common with the one before,
+    whose share falls: what is next to a tile's edge was decoded with the least around it.
     """
     whole = begins[-1] + side
     shares = np.zeros((len(begins), whole), dtype=np.float32)
     shares[0, :side] = 1
     for i, begin in enumerate(begins[1:], start=1):
         shared = begins[i - 1] + side - begin
-        rise = np.ones(whole, dtype=np.float32)
-        rise[:begin] = 0
-        rise[begin : begin + shared] = (np.arange(shared, dtype=np.float32) + 0.5) / shared
+        margin = shared // 4
+        steps = np.arange(whole, dtype=np.float32) + 0.5 - (begin + margin)
+        rise = np.clip(steps / max(0.5, shared - 2 * margin), 0, 1)  # a step where none is shared
         shares[:i] *= 1 - rise
         shares[i, begin : begin + side] = rise[begin : begin + side]
     return [share[begin : begin + side] for share, begin in zip(shares, begins, strict=True)]
