@@ -7,7 +7,8 @@
 
 vae_decoder/model_first.onnx decodes the first latent frame, model.onnx every later one; they share
 one data file and hand the causal convolutions' caches on as inputs and outputs. Graphs for further
-clip sizes (transformer/model_480x832x81.onnx, vae_decoder/model_first_480x832.onnx) share it, too.
+clip sizes (transformer/model_480x832x81.onnx, vae_decoder/model_first_480x832.onnx) share it, too,
+and so do those for tiles of a frame (model_tile_first_256x256.onnx, model_tile_256x256.onnx).
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def _needed_problems(manifest: Manifest) -> list[str]:
     for bucket in manifest.buckets:
         needed += [f"{expert}/{bucket.transformer}" for expert in experts]
         needed += [f"vae_decoder/{bucket.first}", f"vae_decoder/{bucket.next}"]
+        if bucket.tile is not None:
+            needed += [f"vae_decoder/{bucket.tile.first}", f"vae_decoder/{bucket.tile.next}"]
     listed = {record.path for record in manifest.files}
     return [
         f"{path}: the runtime needs it, the manifest lacks it"

@@ -226,6 +226,7 @@ def evaluate(
 @click.option("--guidance", type=click.FloatRange(0, 100), help="Default: the model's own.")
 @click.option("--geometry", help="Clip size, one of the artifact's; default: its first.")
 @click.option("--out", type=_path, default=Path("clip.mp4"))
+@click.option("--tiled", is_flag=True, help="Decode frames tile by tile, in less memory.")
 @click.option("--provider", type=_provider, default="auto", help="What runs the graphs.")
 @click.option(
     "--cache",
@@ -238,8 +239,8 @@ def evaluate(
 @_threads
 def generate(
     artifact: Path, prompt: str, seed: int, steps: int | None, guidance: float | None,
-    geometry: str | None, out: Path, provider: Provider, cache: Path | None, no_cache: bool,
-    threads: int | None,
+    geometry: str | None, out: Path, tiled: bool, provider: Provider, cache: Path | None,
+    no_cache: bool, threads: int | None,
 ) -> None:  # fmt: skip
     """Generate a clip with ARTIFACT.
 
@@ -262,7 +263,12 @@ def generate(
     try:
         prompts = None if no_cache else cache or cache_folder() / "prompts"
         with Runtime.open(
-            artifact, provider=provider, n_threads=threads, size=geometry, cache=prompts
+            artifact,
+            provider=provider,
+            n_threads=threads,
+            size=geometry,
+            tiled=tiled,
+            cache=prompts,
         ) as runtime:
             size = runtime.bucket.geometry
             frames = runtime.stream(

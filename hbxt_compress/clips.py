@@ -297,7 +297,9 @@ def _h264_stream(
             "install the `av` wheel from the package index"
         )
     rate = Fraction(fps).limit_denominator(1001)
-    options = {"crf": "12", "preset": "medium"} if available[0] == "libx264" else {}
+    options = {}
+    if available[0] == "libx264":  # it would look 40 frames ahead, and keep them
+        options = {"crf": "12", "preset": "medium", "rc-lookahead": "10"}
     stream = container.add_stream(available[0], rate=rate, options=options)
     assert isinstance(stream, av.VideoStream)
     stream.height, stream.width = frame.shape[:2]

@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 from hbxt_compress.errors import ArtifactError, UsageError, listing
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.tile import Tile
 
 __all__ = [
     "REMEDY",
@@ -63,7 +64,8 @@ class Bucket:
     """One clip size that an artifact generates, and the graphs made for it.
 
     latent_shape: C T H W. transformer: the file in every transformer's folder. first, next: those
-    in vae_decoder/ that decode a clip's first latent frame and each later one.
+    in vae_decoder/ that decode a clip's first latent frame and each later one. tile: what frames
+    can be decoded in instead of whole; None: they are no larger.
     """
 
     geometry: Geometry
@@ -71,6 +73,7 @@ class Bucket:
     transformer: str
     first: str
     next: str
+    tile: Tile | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +189,7 @@ class Manifest:
                     **bucket,
                     "geometry": Geometry(**bucket["geometry"]),
                     "latent_shape": tuple(bucket["latent_shape"]),
+                    "tile": None if bucket["tile"] is None else Tile(**bucket["tile"]),
                 }
             )
             for bucket in cast(list[dict[str, Any]], values["buckets"])
@@ -211,8 +215,12 @@ _NUMBER = (int, float)
 _TYPES: Mapping[type, Mapping[str, type | tuple[type, ...]]] = {
     Geometry: {"height": int, "width": int, "n_frames": int, "fps": _NUMBER},
     Bucket: {
-        **{"geometry": Mapping, "latent_shape": (list, tuple)},
+        **{"geometry": Mapping, "latent_shape": (list, tuple), "tile": (Mapping, type(None))},
         **dict.fromkeys(("transformer", "first", "next"), str),
+    },
+    Tile: {
+        **dict.fromkeys(("height", "width", "overlap"), int),
+        **dict.fromkeys(("first", "next"), str),
     },
     TargetRecord: {"runtime": str, "nodes": Mapping, "settings": Mapping},
     FileRecord: {"path": str, "sha256": str, "size_bytes": int},
@@ -271,6 +279,8 @@ def _bucket_problems(bucket: object, document: Mapping[str, Any], where: str) ->
     found = list(_key_problems(bucket, Bucket, where))
     if not found and isinstance(bucket, Mapping):
         found = list(_key_problems(bucket["geometry"], Geometry, f"{where}geometry."))
+        if bucket["tile"] is not None:
+            found += _key_problems(bucket["tile"], Tile, f"{where}tile.")
     yield from found
     if found or not isinstance(bucket, Mapping):
         return
@@ -278,6 +288,10 @@ def _bucket_problems(bucket: object, document: Mapping[str, Any], where: str) ->
     if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
         yield f"{where}latent_shape: {list(shape)} is not four positive whole numbers C T H W"
         return
+    if bucket["tile"] is not None:
+        frame = bucket["geometry"]["height"], bucket["geometry"]["width"]
+        factor = max(1, frame[0] // shape[2])
+        yield from (f"{where}tile.{p}" for p in Tile(**bucket["tile"]).problems(frame, factor))
     for name in ("latents_mean", "latents_std"):
         numbers = document[name]
         if len(numbers) != shape[0] or not all(type(x) in _NUMBER for x in numbers):

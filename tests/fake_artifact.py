@@ -20,6 +20,7 @@ from hbxt_compress.artifact import Artifact, record_files, write_manifest
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.manifest import SCHEMA, Bucket, FileRecord, LayerFate, Manifest
 from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.tile import Tile
 
 __all__ = [
     "LATENT_SHAPE",
@@ -45,8 +46,9 @@ def make_artifact(
     sampler: SamplerSpec = SAMPLER,
     fault: str = "",
     session: dict[str, str] | None = None,
+    tile: Tile | None = None,
 ) -> Path:
-    """Writes the artifact and returns its folder.
+    """Writes the artifact and returns its folder; it has graphs for a tile if one is given.
 
     fault: "" or what the decoder or transformer does wrong: "black", "constant", "nan", "vae nan".
     """
@@ -60,8 +62,11 @@ def make_artifact(
     _write_transformer(folder / "transformer", seed=1, fault=fault)
     if sampler.boundary is not None:
         _write_transformer(folder / "transformer_2", seed=2, fault=fault)
-    _write_vae(folder / "vae_decoder", fault)
-    write_manifest(folder, _manifest(folder, sampler, session or {}))
+    sizes = {("model_first.onnx", "model.onnx"): LATENT_SHAPE[2:]}
+    if tile is not None:
+        sizes[tile.first, tile.next] = (tile.height // 8, tile.width // 8)
+    _write_vae(folder / "vae_decoder", fault, sizes)
+    write_manifest(folder, _manifest(folder, sampler, session or {}, tile))
     return folder
 
 
@@ -169,10 +174,8 @@ def _write_transformer(folder: Path, *, seed: int, fault: str) -> None:
     _save(folder, {"model.onnx": (nodes, inputs, outputs)}, weights)
 
 
-def _write_vae(folder: Path, fault: str) -> None:
-    n_channels, _, height, width = LATENT_SHAPE
-    size = (height * 8, width * 8)
-    latent = (1, n_channels, 1, height, width)
+def _write_vae(folder: Path, fault: str, sizes: dict[tuple[str, str], tuple[int, int]]) -> None:
+    n_channels = LATENT_SHAPE[0]
     mix = {"": _mix(), "vae nan": _mix() * np.nan}.get(fault, _mix() * 0)
     offset = {"black": -1.0, "constant": 0.5}.get(fault, 0.0)
     steps = np.array([0.25, 0.5, 0.75, 1.0], dtype=np.float32).reshape(1, 1, 4, 1, 1)
@@ -211,17 +214,15 @@ def _write_vae(folder: Path, fault: str) -> None:
         *tail,
         helper.make_node("Add", ["cache_in_1", "one"], ["cache_out_1"]),
     ]
-    latent_in = _float("latent_sample", latent)
-    caches_out = [_float("cache_out_0", latent), _float("cache_out_1", ())]
-    caches_in = [_float("cache_in_0", latent), _float("cache_in_1", ())]
-    graphs = {
-        "model_first.onnx": (first, [latent_in], [_float("sample", (1, 3, 1, *size)), *caches_out]),
-        "model.onnx": (
-            steady,
-            [latent_in, *caches_in],
-            [_float("sample", (1, 3, 4, *size)), *caches_out],
-        ),
-    }
+    graphs = {}
+    for names, (height, width) in sizes.items():
+        latent, size = (1, n_channels, 1, height, width), (height * 8, width * 8)
+        latent_in = _float("latent_sample", latent)
+        caches_out = [_float("cache_out_0", latent), _float("cache_out_1", ())]
+        caches_in = [_float("cache_in_0", latent), _float("cache_in_1", ())]
+        samples = [_float("sample", (1, 3, n_frames, *size)) for n_frames in (1, 4)]
+        graphs[names[0]] = (first, [latent_in], [samples[0], *caches_out])
+        graphs[names[1]] = (steady, [latent_in, *caches_in], [samples[1], *caches_out])
     _save(folder, graphs, weights)
 
 
@@ -252,7 +253,9 @@ def _save(folder: Path, graphs: dict[str, tuple], weights: dict[str, np.ndarray]
         onnx.checker.check_model(str(folder / file))
 
 
-def _manifest(folder: Path, sampler: SamplerSpec, session: dict[str, str]) -> Manifest:
+def _manifest(
+    folder: Path, sampler: SamplerSpec, session: dict[str, str], tile: Tile | None
+) -> Manifest:
     components = sorted(path.parent.name for path in folder.glob("*/model.onnx"))
     return Manifest(
         schema=SCHEMA,
@@ -267,6 +270,7 @@ def _manifest(folder: Path, sampler: SamplerSpec, session: dict[str, str]) -> Ma
                 transformer="model.onnx",
                 first="model_first.onnx",
                 next="model.onnx",
+                tile=tile,
             ),
         ),
         text_length=TEXT_LENGTH,

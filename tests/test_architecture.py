@@ -49,6 +49,7 @@ ROWS = (
         "footage",
         "artifact",
         "manifest",
+        "tile",
         "report",
         "trajectories",
         "chain",
@@ -76,6 +77,7 @@ SIDEWAYS = {
     ("store", "journal"): "a result being built has one",
     ("manifest", "sampler"): "a manifest carries its sampler",
     ("artifact", "manifest"): "a folder has one",
+    ("manifest", "tile"): "a clip size may have one",
     ("quantized", "layers"): "keyed by layer name",
     ("weights", "source"): "which file holds a tensor stands in the headers",
     ("chain", "weights"): "a skeleton reads the weights of the block that runs",
@@ -85,7 +87,9 @@ SIDEWAYS = {
     ("show", "doctor"): "what it found is shown",
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
-RUNTIME_MAY_USE = {"artifact", "manifest", "geometry", "sampler", "clips", "errors", "heap"}
+RUNTIME_MAY_USE = {
+    "artifact", "manifest", "tile", "geometry", "sampler", "clips", "errors", "heap",
+}  # fmt: skip
 
 # library -> the only places that may import it
 HOMES = {

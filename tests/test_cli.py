@@ -18,6 +18,7 @@ import pytest
 
 from hbxt_compress import cli, ending, library, pipeline
 from hbxt_compress.artifact import Artifact
+from hbxt_compress.clips import read_video
 from hbxt_compress.costs import prediction
 from hbxt_compress.costs.work import KINDS, Rates
 from hbxt_compress.errors import SourceError
@@ -25,6 +26,7 @@ from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.report import SCHEMA, Measurement, QualityReport, Verdict
 from hbxt_compress.store import Store
+from hbxt_compress.tile import Tile
 from tests.fake_artifact import make_artifact
 
 
@@ -306,6 +308,22 @@ def test_generate_writes_a_clip(hbxt: Run, artifact: Path, tmp_path: Path) -> No
     assert str(out) in hbxt.out
     assert "cpu" in hbxt.out
     assert "denoising" in hbxt.err
+
+
+def test_generate_decodes_in_tiles(hbxt: Run, tmp_path: Path) -> None:
+    names = {"first": "model_tile_first_8x16.onnx", "next": "model_tile_8x16.onnx"}
+    folder = make_artifact(tmp_path / "a", tile=Tile(height=8, width=16, overlap=0, **names))
+    out = tmp_path / "clip.mp4"
+    assert hbxt("-v", "generate", folder, "--prompt", "a red circle", "--out", out, "--tiled") == 0
+    assert len(read_video(out)) == 9
+    assert "vae_decoder/model_tile_8x16.onnx runs on" in hbxt.err
+
+
+def test_generate_in_tiles_needs_them(hbxt: Run, artifact: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "x", "--out", tmp_path / "clip.mp4", "--tiled"]
+    assert hbxt("generate", artifact, *arguments) == 2
+    assert "has no graphs for tiles of frames of 16 x 16 pixels" in " ".join(hbxt.err.split())
+    assert not list(tmp_path.glob("*.mp4"))
 
 
 def test_generate_refuses_what_it_cannot_do(hbxt: Run, artifact: Path, tmp_path: Path) -> None:

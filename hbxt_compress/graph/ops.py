@@ -1,8 +1,9 @@
 """Torch modules and functions that trace to the ONNX nodes we ship.
 
 They replace their torch namesakes before capture and keep parameter names. A linear becomes one
-hbxt::Linear node that names its layer; graph/passes.py hands it to the layer's number format.
-Run eagerly the symbolic ones return zeros: they exist to be traced.
+hbxt::Linear node that names its layer; graph/passes.py hands it to the layer's number format, and
+graph/convolution.py does so with hbxt::Conv. Run eagerly the symbolic ones return zeros: they exist
+to be traced.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from torch import Tensor, nn
 from hbxt_compress.graph.builder import CONTRIB
 
 __all__ = [
-    "LINEAR_DOMAIN",
+    "OWN_DOMAIN",
     "FastGelu",
     "LayerNorm",
     "Linear",
     "RmsNorm",
     "attend",
+    "convolve_frames",
     "shared_copy",
     "swap",
 ]
 
-LINEAR_DOMAIN = "hbxt"
+OWN_DOMAIN = "hbxt"
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -43,7 +45,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
         return torch.onnx.ops.symbolic(
-            f"{LINEAR_DOMAIN}::Linear",
+            f"{OWN_DOMAIN}::Linear",
             inputs,
             {"layer": self.layer},
             dtype=x.dtype,
@@ -108,6 +110,34 @@ def attend(
         {"num_heads": n_heads, "scale": scale},
         dtype=query.dtype,
         shape=query.shape,
+        version=1,
+    )
+
+
+def convolve_frames(
+    frames: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: tuple[int, int],
+    before: Tensor | None = None,
+) -> Tensor:
+    """T O H W of frames T C H W: Conv3d with a weight O C K h w, stride 1, as one node.
+
+    before: the K-1 frames that came before, K-1 C H W; None: zeros, of which a single frame may do
+    without. padding: zeros above and below, left and right.
+    """
+    n_frames, _, *size = frames.shape
+    n_out, _, n_together, *kernel = weight.shape
+    if before is None and n_frames > 1 < n_together:
+        raise ValueError(f"{n_frames} frames need the {n_together - 1} before them")
+    sizes = (n + 2 * p - k + 1 for n, p, k in zip(size, padding, kernel, strict=True))
+    return torch.onnx.ops.symbolic(
+        f"{OWN_DOMAIN}::Conv",
+        (frames, weight, bias, before),
+        {"pads": [*padding, *padding]},
+        dtype=frames.dtype,
+        shape=(n_frames, n_out, *sizes),
         version=1,
     )
 

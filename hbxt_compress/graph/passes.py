@@ -20,10 +20,11 @@ from hbxt_compress.errors import ExportError
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.formats.activations import ACTIVATIONS, ActivationFormat
 from hbxt_compress.graph.builder import CONTRIB, GraphBuilder, Value, content_of, name_of, present
+from hbxt_compress.graph.convolution import lower_convolutions
 from hbxt_compress.graph.half import LAYER, compute_in_half
 from hbxt_compress.graph.modulation import fold_modulation
 from hbxt_compress.graph.naming import name_everything
-from hbxt_compress.graph.ops import LINEAR_DOMAIN
+from hbxt_compress.graph.ops import OWN_DOMAIN
 from hbxt_compress.graph.parts import feed_forward_in_parts
 from hbxt_compress.graph.storage import Storage
 from hbxt_compress.graph.transform import emit_transform
@@ -34,10 +35,12 @@ __all__ = [
     "expand_fills",
     "lower",
     "lower_linears",
+    "merge_constants",
     "store_other_weights",
 ]
 
 IR_VERSION = 10
+_FEW = 8
 _NONE: Mapping[str, float] = MappingProxyType({})
 
 
@@ -52,6 +55,7 @@ def lower(
     fold_modulation(model)
     lower_linears(model, storage)
     store_other_weights(model, storage)
+    lower_convolutions(model, storage)
     expand_fills(model)
     if half:
         compute_in_half(model, ranges)
@@ -77,7 +81,7 @@ def lower_linears(model: ir.Model, storage: Storage) -> None:
     What the payload does to the input comes first; a rounded input brings its own nodes for both.
     """
     graph = model.graph
-    for node in [n for n in graph if n.domain == LINEAR_DOMAIN]:
+    for node in [n for n in graph if (n.domain, n.op_type) == (OWN_DOMAIN, "Linear")]:
         x, weight, *rest = (present(value) for value in node.inputs)
         layer = node.attributes["layer"].as_string()
         stored = storage.of(layer, content_of(weight))
@@ -189,14 +193,29 @@ def expand_fills(model: ir.Model) -> None:
         filled.name = name
 
 
+def merge_constants(model: ir.Model) -> None:
+    """Before: equal constants of few numbers. After: one of each, but for vectors of zero points.
+
+    ONNX Runtime fails where nodes share those that it makes unsigned.
+    """
+    graph, kept = model.graph, dict[tuple[ir.DataType, tuple[int, ...], bytes], Value]()
+    for name, value in list(graph.initializers.items()):
+        tensor = content_of(value)
+        if tensor.size > _FEW or (tensor.size > 1 and tensor.dtype == ir.DataType.INT8):
+            continue
+        key = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+        if (one := kept.setdefault(key, value)) is not value:
+            value.replace_all_uses_with(one)
+            del graph.initializers[name]
+
+
 def clean_up(model: ir.Model) -> None:
     """Before: dead nodes, Constants, duplicates. After: only used nodes, constants initializers."""
     for step in (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
-        # not vectors: ONNX Runtime fails where layers share zero points that it makes unsigned
-        common.DeduplicateInitializersPass(size_limit=8),
+        merge_constants,
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     ):

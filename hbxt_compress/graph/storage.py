@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +29,8 @@ __all__ = ["Precision", "ReadRows", "Storage", "Stored"]
 
 Precision = Literal[16, 32]
 Payload = Mapping[str, Tensor]
-Emit = Callable[[GraphBuilder, Value, Payload], Value]
+MadeT = TypeVar("MadeT")
+Emit = Callable[[GraphBuilder, Value, Payload], MadeT]
 ReadRows = Callable[[str, int, int], Tensor]
 _NO_NAMES: Mapping[LayerName, str] = MappingProxyType({})
 _NUMBERS_AT_ONCE = 1 << 20  # of a table: 4 MiB in float32, and a few copies
@@ -50,12 +51,12 @@ class Stored:
     rows: Callable[[int, int], Payload]
     in_parts: bool
 
-    def emit(self, graph: ir.Graph, before: ir.Node, x: Value, emit: Emit) -> Value:
+    def emit(self, graph: ir.Graph, before: ir.Node, x: Value, emit: Emit[MadeT]) -> MadeT:
         """What `emit(builder, x, payload)` adds to the graph; matrices are read when written."""
         contents = _Contents(self.payload, x, emit)
         return emit(GraphBuilder(graph, before, contents.later), x, self.outline)
 
-    def emit_rows(self, graph: ir.Graph, before: ir.Node, ids: Value, emit: Emit) -> Value:
+    def emit_rows(self, graph: ir.Graph, before: ir.Node, ids: Value, emit: Emit[Value]) -> Value:
         """The same for nodes that look rows up; matrices are read and written by rows."""
         n_rows = max(len(tensor) for tensor in self.outline.values() if tensor.is_meta)
         n_features = max(tensor[0].numel() for tensor in self.outline.values() if tensor.is_meta)
@@ -132,7 +133,7 @@ class _Contents:
     What is made along with the one that is asked for is kept until it is asked for in turn.
     """
 
-    def __init__(self, payload: Callable[[], Payload], x: Value, emit: Emit) -> None:
+    def __init__(self, payload: Callable[[], Payload], x: Value, emit: Emit[object]) -> None:
         self._payload, self._x, self._emit = payload, x, emit
         self._wanted: set[str] = set()
         self._made: dict[str, ir.TensorProtocol] = {}
@@ -149,7 +150,7 @@ class _Contents:
 
 
 def _emitted(
-    wanted: Set[str], payload: Payload, like: Value, emit: Emit
+    wanted: Set[str], payload: Payload, like: Value, emit: Emit[object]
 ) -> dict[str, ir.TensorProtocol]:
     """The initializers of these names that a format makes of a payload, given a value like x."""
     x = ir.Value(name="x", shape=like.shape, type=like.type)

@@ -23,6 +23,7 @@ from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_grap
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import Header, Source, read_headers
+from hbxt_compress.tile import Tile
 from hbxt_compress.weights import Weights
 
 __all__ = ["Wan"]
@@ -40,6 +41,7 @@ _BLOCK_PREFIX: Final = {
     "transformer_2": "blocks.",
 }
 _COUNT: Final = "num_layers"
+_TILE, _OVERLAP = 256, 64  # pixels
 _DEPTHS: Final = {
     "text_encoder": Depth(
         prefix=_BLOCK_PREFIX["text_encoder"],
@@ -182,6 +184,7 @@ class Wan:
                     transformer=f"model_{clip}.onnx" if found else "model.onnx",
                     first=alike[0].first if alike else f"model_first{size}.onnx",
                     next=alike[0].next if alike else f"model{size}.onnx",
+                    tile=Tile.within((clip.height, clip.width), _TILE, _OVERLAP),
                 )
             )
         return tuple(found)
@@ -198,17 +201,12 @@ class Wan:
             return text_encoder_graphs(module, text_length=length)
         graphs: dict[str, GraphSpec] = {}
         for bucket in self.buckets(source, clips):
-            shape = bucket.latent_shape
             if component == "vae_decoder":
-                if bucket.next in graphs:
-                    continue
-                one = vae_decoder_graphs(
-                    module, latent_shape=shape, first=bucket.first, following=bucket.next
-                )
+                one = vae_decoder_graphs(module, bucket)
             else:
                 one = transformer_graphs(
                     module,
-                    latent_shape=shape,
+                    latent_shape=bucket.latent_shape,
                     text_length=length,
                     component=component,
                     file=bucket.transformer,

@@ -1,9 +1,10 @@
 """Export wrappers of the Wan VAE decoder: a graph for the first latent frame, one for each later.
 
-A cache is the last two input frames of a causal convolution, zero before the clip begins, handed
-on as 1 C 2 H W tensors. diffusers keeps one frame after the first chunk and marks a temporal
-up-sampling that has not run yet ("Rep"); both equal two frames padded with zeros in front.
-Shapes: batch 1, C channels, T frames (1 in, 1 or 4 out), H W.
+Inside, frames are the batch, T C H W: no runtime has to know more than two axes of pixels, and what
+doubles the frames only reshapes. A cache is the last two input frames of a causal convolution, zero
+before the clip begins, handed on as 2 C H W. diffusers keeps one frame after the first chunk and
+marks a temporal up-sampling that has not run yet ("Rep"); both equal two frames padded with zeros
+in front. Shapes: C channels, T frames (1 in, 1 or 4 out), H W.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from hbxt_compress.torchvision_ops import mend_torchvision
 
 mend_torchvision()
 
+from collections.abc import Sequence  # noqa: E402
+
 import torch  # noqa: E402
 from diffusers import AutoencoderKLWan  # noqa: E402
 from diffusers.models.autoencoders.autoencoder_kl_wan import (  # noqa: E402
     DupUp3D,
     WanAttentionBlock,
     WanCausalConv3d,
+    WanDecoder3d,
     WanResample,
+    WanResidualBlock,
+    WanResidualUpBlock,
     WanRMS_norm,
+    WanUpBlock,
     WanUpsample,
     unpatchify,
 )
@@ -32,8 +39,10 @@ from hbxt_compress.graph.capture import (  # noqa: E402
     TensorSpec,
     without_values,
 )
-from hbxt_compress.graph.ops import attend, shared_copy, swap  # noqa: E402
+from hbxt_compress.graph.ops import attend, convolve_frames, shared_copy, swap  # noqa: E402
+from hbxt_compress.manifest import Bucket  # noqa: E402
 from hbxt_compress.models.wan_graph import public_config  # noqa: E402
+from hbxt_compress.tile import Tile  # noqa: E402
 
 __all__ = ["vae_decoder_graphs"]
 
@@ -43,45 +52,73 @@ _LEAST_RMS = 2.0**-24
 
 
 def vae_decoder_graphs(
-    vae: AutoencoderKLWan,
-    *,
-    latent_shape: tuple[int, int, int, int],
-    component: str = "vae_decoder",
-    first: str = "model_first.onnx",
-    following: str = "model.onnx",
+    vae: AutoencoderKLWan, bucket: Bucket, *, component: str = "vae_decoder"
 ) -> ComponentGraphs:
-    """Two graphs for latents C T H W (batch 1, one frame a call), under these file names."""
-    channels, _, height, width = latent_shape
+    """The graphs that a bucket names, for whole frames and for tiles; one latent frame a call."""
+    channels, _, height, width = bucket.latent_shape
+    graphs = _steps(vae, bucket, (channels, height, width))
+    if (tile := bucket.tile) is not None:
+        factor = bucket.geometry.height // height
+        shape = (channels, tile.height // factor, tile.width // factor)
+        graphs |= _steps(vae, tile, shape)
+    return ComponentGraphs(component=component, graphs=graphs, config=public_config(vae.config))
+
+
+def _steps(
+    vae: AutoencoderKLWan, names: Bucket | Tile, shape: tuple[int, int, int]
+) -> dict[str, GraphSpec]:
+    """Both graphs for latents C H W."""
+    channels, height, width = shape
     frame = TensorSpec(shape=(1, channels, 1, height, width))
-    first_step = _FirstStep(vae)
-    with without_values(first_step), torch.no_grad():
-        _, *kept = first_step(torch.zeros(frame.shape))
+    first = _FirstStep(vae)
+    with without_values(first), torch.no_grad():
+        _, *kept = first(torch.zeros(frame.shape))
     caches = {f"cache_in_{i}": TensorSpec(shape=tuple(kept[i].shape)) for i in range(len(kept))}
     outputs = ["sample", *(f"cache_out_{i}" for i in range(len(kept)))]
 
     def next_sample(latent: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        x = vae.decoder(vae.post_quant_conv(latent), feat_cache=list(past), feat_idx=[0])
+        caches = [frames.transpose(0, 1)[None] for frames in past]
+        x = vae.decoder(vae.post_quant_conv(latent), feat_cache=caches, feat_idx=[0])
         x = x if vae.config.patch_size is None else unpatchify(x, vae.config.patch_size)
         return (torch.clamp(x, min=-1.0, max=1.0),)
 
-    return ComponentGraphs(
-        component=component,
-        graphs={
-            first: GraphSpec(
-                module=first_step,
-                inputs={"latent_sample": frame},
-                outputs=outputs,
-                reference=lambda latent: vae.decode(latent, return_dict=False),
-            ),
-            following: GraphSpec(
-                module=_NextStep(vae),
-                inputs={"latent_sample": frame, **caches},
-                outputs=outputs,
-                reference=next_sample,
-            ),
-        },
-        config=public_config(vae.config),
-    )
+    return {
+        names.first: GraphSpec(
+            module=first,
+            inputs={"latent_sample": frame},
+            outputs=outputs,
+            reference=lambda latent: vae.decode(latent, return_dict=False),
+        ),
+        names.next: GraphSpec(
+            module=_NextStep(vae),
+            inputs={"latent_sample": frame, **caches},
+            outputs=outputs,
+            reference=next_sample,
+        ),
+    }
+
+
+class _Past:
+    """The caches of a step in the order in which convolutions ask for them; None in the first."""
+
+    def __init__(self, caches: Sequence[Tensor] | None) -> None:
+        self._caches = None if caches is None else list(caches)
+        self.first = caches is None
+        self.kept: list[Tensor] = []
+
+    def before(self, x: Tensor) -> Tensor | None:
+        """The two frames before x, T C H W; of all these the last two are kept."""
+        if self._caches is None:
+            self.kept.append(functional.pad(x, (0, 0, 0, 0, 0, 0, _KEPT_FRAMES - 1, 0)))
+            return None
+        found, n_missing = self._caches.pop(0), max(0, _KEPT_FRAMES - x.shape[0])
+        kept = x[-_KEPT_FRAMES:]
+        self.kept.append(torch.cat([found[-n_missing:], kept]) if n_missing else kept)
+        return found
+
+    def begin(self, x: Tensor) -> None:
+        """Keeps zeros, as if there had been no x."""
+        self.kept.append(x.new_zeros(_KEPT_FRAMES, *x.shape[1:]))
 
 
 class _Step(nn.Module):
@@ -89,39 +126,30 @@ class _Step(nn.Module):
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
-        self.patch_size = vae.config.patch_size
-        self.n_convolutions = sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
+        self.patch_size = vae.config.patch_size or 1
         self.model = nn.ModuleDict(
             {"post_quant_conv": vae.post_quant_conv, "decoder": shared_copy(vae.decoder)}
         )
         swap(self.model, _swaps)
 
-    def decode(
-        self, latent: Tensor, caches: list[Tensor | None], *, first: bool
-    ) -> tuple[Tensor, ...]:
-        """sample in -1..1, then the new caches, two frames each."""
-        index = [0]
-        x = self.model["post_quant_conv"](latent)
-        x = self.model["decoder"](x, feat_cache=caches, feat_idx=index, first_chunk=first)
-        if self.patch_size is not None:
-            x = unpatchify(x, patch_size=self.patch_size)
-        kept = [cache for cache in caches[: index[0]] if cache is not None]
-        return torch.clamp(x, min=-1.0, max=1.0), *map(_two_frames, kept)
+    def decode(self, latent: Tensor, past: _Past) -> tuple[Tensor, ...]:
+        """sample 1 C T H W in -1..1, then the new caches, two frames each."""
+        x = self.model["post_quant_conv"](latent.transpose(1, 2)[0])
+        x = torch.clamp(self.model["decoder"](x, past), min=-1.0, max=1.0)
+        t, c, h, w = x.shape
+        p = self.patch_size
+        x = x.reshape(t, c // p**2, p, p, h, w).permute(1, 0, 4, 3, 5, 2)
+        return x.reshape(1, c // p**2, t, h * p, w * p), *past.kept
 
 
 class _FirstStep(_Step):
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, [None] * self.n_convolutions, first=True)
+        return self.decode(latent, _Past(None))
 
 
 class _NextStep(_Step):
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, list(caches), first=False)
-
-
-def _two_frames(cache: Tensor) -> Tensor:
-    missing = _KEPT_FRAMES - cache.shape[2]
-    return functional.pad(cache, (0, 0, 0, 0, missing, 0)) if missing else cache
+        return self.decode(latent, _Past(caches))
 
 
 def _swaps(_: str, module: nn.Module) -> nn.Module | None:
@@ -131,30 +159,79 @@ def _swaps(_: str, module: nn.Module) -> nn.Module | None:
         return _ChannelRmsNorm(module)
     if isinstance(module, WanAttentionBlock):
         return _FrameAttention(module)
-    if isinstance(module, WanResample) and module.mode == "upsample3d":
-        return _TemporalUpsample(module)
+    if isinstance(module, WanResidualBlock):
+        return _ResidualBlock(module)
+    if isinstance(module, WanResample):
+        return _Upsample(module)
     if isinstance(module, WanUpsample):
         return nn.Upsample(scale_factor=2.0, mode="nearest")  # the same as nearest-exact at 2x
     if isinstance(module, DupUp3D):
         return _RepeatUpsample(module)
+    if isinstance(module, WanDecoder3d):
+        return _Decoder(module)
     return None
 
 
+class _Decoder(nn.Module):
+    """Both kinds of decoders: those of Wan2.2 add a shortcut around every up block."""
+
+    def __init__(self, decoder: WanDecoder3d) -> None:
+        super().__init__()
+        self.conv_in, self.mid_block = decoder.conv_in, decoder.mid_block
+        self.up_blocks = decoder.up_blocks
+        self.norm_out, self.nonlinearity = decoder.norm_out, decoder.nonlinearity
+        self.conv_out = decoder.conv_out
+
+    def forward(self, x: Tensor, past: _Past) -> Tensor:
+        x = self.conv_in(x, past)
+        before, *after = self.mid_block.resnets
+        x = before(x, past)
+        for attention, resnet in zip(self.mid_block.attentions, after, strict=True):
+            x = resnet(attention(x), past)
+        for block in self.up_blocks:
+            x = _raised(block, x, past)
+        return self.conv_out(self.nonlinearity(self.norm_out(x)), past)
+
+
+def _raised(block: WanUpBlock | WanResidualUpBlock, x: Tensor, past: _Past) -> Tensor:
+    """What an up block of either kind makes of frames."""
+    into = x
+    for resnet in block.resnets:
+        x = resnet(x, past)
+    several = getattr(block, "upsamplers", None)
+    upsample = getattr(block, "upsampler", None) if several is None else several[0]
+    x = x if upsample is None else upsample(x, past)
+    shortcut = getattr(block, "avg_shortcut", None)
+    return x if shortcut is None else x + shortcut(into, past)
+
+
+class _ResidualBlock(nn.Module):
+    """Twice norm, activation and causal convolution, added to the input."""
+
+    def __init__(self, block: WanResidualBlock) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = block.norm1, block.conv1
+        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.conv_shortcut, self.nonlinearity = block.conv_shortcut, block.nonlinearity
+
+    def forward(self, x: Tensor, past: _Past) -> Tensor:
+        shortcut = self.conv_shortcut(x)
+        x = self.conv1(self.nonlinearity(self.norm1(x)), past)
+        return self.conv2(self.nonlinearity(self.norm2(x)), past) + shortcut
+
+
 class _CausalConv(nn.Module):
-    """Conv3d that sees two frames of the past: the cache, or zeros."""
+    """A convolution that sees two frames of the past, or, if it is one of pixels, none."""
 
     def __init__(self, conv: WanCausalConv3d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         left, _, top, _, self.n_past, _ = conv._padding
-        self.padding = (0, top, left)
+        self.padding = (top, left)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
-        if self.n_past and cache is not None:
-            x = torch.cat([cache, x], dim=2)
-        elif self.n_past:
-            x = functional.pad(x, (0, 0, 0, 0, self.n_past, 0))
-        return functional.conv3d(x, self.weight, self.bias, padding=self.padding)
+    def forward(self, x: Tensor, past: _Past | None = None) -> Tensor:
+        before = past.before(x) if self.n_past and past is not None else None
+        return convolve_frames(x, self.weight, self.bias, padding=self.padding, before=before)
 
 
 class _ChannelRmsNorm(nn.Module):
@@ -166,7 +243,7 @@ class _ChannelRmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rms = torch.sqrt((x * x).mean(dim=1, keepdim=True))
-        return x / torch.clamp(rms, min=_LEAST_RMS) * self.gamma
+        return x / torch.clamp(rms, min=_LEAST_RMS) * self.gamma.reshape(-1, 1, 1)
 
 
 class _FrameAttention(nn.Module):
@@ -178,36 +255,28 @@ class _FrameAttention(nn.Module):
         self.to_qkv, self.proj = block.to_qkv, block.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        _, c, t, h, w = x.shape
-        frames = x[0].transpose(0, 1)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)
+        t, c, h, w = x.shape
+        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)
         query, key, value = qkv.chunk(3, dim=-1)
         out = attend(query, key, value, n_heads=1, scale=c**-0.5)
-        out = self.proj(out.transpose(1, 2).reshape(t, c, h, w))
-        return out.transpose(0, 1)[None] + x
+        return self.proj(out.transpose(1, 2).reshape(t, c, h, w)) + x
 
 
-class _TemporalUpsample(nn.Module):
-    """Twice the frames (except the clip's first) and twice the pixels."""
+class _Upsample(nn.Module):
+    """Twice the pixels and, if there is a time_conv, the frames (except of the clip's first)."""
 
     def __init__(self, resample: WanResample) -> None:
         super().__init__()
-        self.time_conv = _CausalConv(resample.time_conv)
+        self.time_conv = getattr(resample, "time_conv", None)
         self.resample = resample.resample
-        swap(self.resample, _swaps)
 
-    def forward(self, x: Tensor, feat_cache: list[Tensor | None], feat_idx: list[int]) -> Tensor:
-        _, c, t, h, w = x.shape
-        past = feat_cache[feat_idx[0]]
-        if past is None:
-            feat_cache[feat_idx[0]] = x.new_zeros(1, c, _KEPT_FRAMES, h, w)
-        else:
-            feat_cache[feat_idx[0]] = torch.cat([past, x], dim=2)[:, :, -_KEPT_FRAMES:]
-            halves = self.time_conv(x, past).reshape(2, c, t, h, w)
-            t = 2 * t
-            x = halves.permute(1, 2, 0, 3, 4).reshape(1, c, t, h, w)
-        feat_idx[0] += 1
-        return self.resample(x[0].transpose(0, 1)).transpose(0, 1)[None]
+    def forward(self, x: Tensor, past: _Past) -> Tensor:
+        if self.time_conv is not None and past.first:
+            past.begin(x)
+        elif self.time_conv is not None:
+            t, c, h, w = x.shape
+            x = self.time_conv(x, past).reshape(2 * t, c, h, w)
+        return self.resample(x)
 
 
 class _RepeatUpsample(nn.Module):
@@ -218,10 +287,10 @@ class _RepeatUpsample(nn.Module):
         self.repeats, self.out_channels = shortcut.repeats, shortcut.out_channels
         self.factor_t, self.factor_s = shortcut.factor_t, shortcut.factor_s
 
-    def forward(self, x: Tensor, first_chunk: bool = False) -> Tensor:
-        _, c, t, h, w = x.shape
+    def forward(self, x: Tensor, past: _Past) -> Tensor:
+        t, c, h, w = x.shape
         f_t, f_s = self.factor_t, self.factor_s
-        x = x[0][:, None].expand(c, self.repeats, t, h, w)
-        x = x.reshape(self.out_channels, f_t, f_s, f_s, t, h, w).permute(0, 4, 1, 5, 2, 6, 3)
-        x = x.reshape(1, self.out_channels, t * f_t, h * f_s, w * f_s)
-        return x[:, :, f_t - 1 :] if first_chunk else x
+        x = x[:, :, None].expand(t, c, self.repeats, h, w)
+        x = x.reshape(t, self.out_channels, f_t, f_s, f_s, h, w).permute(0, 2, 1, 5, 3, 6, 4)
+        x = x.reshape(t * f_t, self.out_channels, h * f_s, w * f_s)
+        return x[f_t - 1 :] if past.first else x

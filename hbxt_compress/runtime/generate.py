@@ -2,7 +2,7 @@
 
 One graph is in memory at a time (text encoder, transformer, its second expert, VAE decoder), unless
 keep=True, which opens each graph once for many clips. Frames stream out of the VAE latent frame by
-latent frame, so memory does not grow with the clip's length.
+latent frame (runtime/decode.py), so memory does not grow with the clip's length.
 
 Legend: L tokens, D text features, C T H W channels, frames, height and width (of latents).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,7 @@ from hbxt_compress.clips import Clip, HealthTally, health, to_uint8
 from hbxt_compress.errors import HealthError, UsageError, listing
 from hbxt_compress.heap import give_back
 from hbxt_compress.manifest import Bucket, Manifest
+from hbxt_compress.runtime.decode import decode
 from hbxt_compress.runtime.gpus import find_gpus
 from hbxt_compress.runtime.prompt_cache import PromptCache
 from hbxt_compress.runtime.scheduler import Denoiser
@@ -77,11 +79,14 @@ class Runtime:
         artifact: Artifact,
         residents: _Residents,
         bucket: Bucket,
-        cache: PromptCache | None = None,
+        *,
+        tiled: bool,
+        cache: PromptCache | None,
     ) -> None:
         self.artifact = artifact
         self.bucket = bucket
         self._residents = residents
+        self._tiled = tiled
         self._cache = cache
         self._tokenize = PromptTokenizer(artifact.folder / "tokenizer", self.manifest.text_length)
 
@@ -95,19 +100,27 @@ class Runtime:
         verify: bool = True,
         keep: bool = False,
         size: str | None = None,
+        tiled: bool = False,
         cache: Path | None = None,
     ) -> Self:
         """A runtime on an artifact; keep=True keeps every graph open between clips.
 
-        size: of its clips, as 480x832x81; None: the artifact's first. cache: folder of prompts'
-        features; the text encoder is opened for what it lacks only.
+        size: of its clips, as 480x832x81; None: the artifact's first. tiled: frames are decoded
+        tile by tile, in less memory, instead of whole. cache: folder of prompts' features; the text
+        encoder is opened for what it lacks only.
 
         Raises:
             ArtifactError: the artifact is damaged, too new or reaches out of its folder.
-            UsageError: it has no such size.
+            UsageError: it has no such size, or no tiles for it.
         """
         artifact = Artifact.open(Path(folder), verify=verify)
         bucket = artifact.manifest.bucket(size)
+        if tiled and bucket.tile is None:
+            clip = bucket.geometry
+            raise UsageError(
+                f"tiled: {folder} has no graphs for tiles of frames of {clip.height} x "
+                f"{clip.width} pixels, as these are no larger than a tile; decode them whole"
+            )
         residents = _Residents(
             folder=artifact.folder,
             provider=provider,
@@ -116,13 +129,11 @@ class Runtime:
             keep=keep,
             settings=settings_for(artifact.manifest.targets, find_gpus()),
         )
-        if cache is None:
-            return cls(artifact, residents, bucket)
-        prompts = PromptCache.of(
+        prompts = None if cache is None else PromptCache.of(
             cache, artifact.manifest, provider=provider, n_threads=n_threads,
             settings=residents.settings,
         )  # fmt: skip
-        return cls(artifact, residents, bucket, prompts)
+        return cls(artifact, residents, bucket, tiled=tiled, cache=prompts)
 
     def __enter__(self) -> Self:
         return self
@@ -307,18 +318,12 @@ class Runtime:
     def _samples(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """The same in -1..1, float32."""
         mean, std = (
-            np.array(values, dtype=np.float32)[None, :, None, None, None]
+            np.array(values, dtype=np.float32)[:, None, None, None]
             for values in (self.manifest.latents_mean, self.manifest.latents_std)
         )
-        z = self._checked(latents)[None] * std + mean
-        caches: dict[str, np.ndarray] = {}
-        for t in range(z.shape[2]):
-            session = self._residents.get(
-                "vae_decoder", self.bucket.next if t else self.bucket.first
-            )
-            result = session.run({"latent_sample": z[:, :, t : t + 1], **caches})
-            yield from result.pop("sample")[0].transpose(1, 2, 3, 0)
-            caches = {name.replace("cache_out_", "cache_in_"): one for name, one in result.items()}
+        z = self._checked(latents) * std + mean
+        graph = partial(self._residents.get, "vae_decoder")
+        return decode(z, self.bucket, graph, tiled=self._tiled)
 
     def _velocity(
         self, spec: SamplerSpec, x: np.ndarray, timestep: np.float32, text: np.ndarray

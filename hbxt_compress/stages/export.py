@@ -39,7 +39,7 @@ from hbxt_compress.store import Entry, Work
 
 __all__ = ["FACTS", "VERSION", "export"]
 
-VERSION = 3
+VERSION = 4
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")

@@ -15,7 +15,7 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: E402
+from diffusers import WanTransformer3DModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
 
@@ -28,6 +28,7 @@ from hbxt_compress.graph.parity import require_parity, run_graph  # noqa: E402
 from hbxt_compress.layers import LayerName  # noqa: E402
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs  # noqa: E402
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs  # noqa: E402
+from tests.small_vaes import bucket_of, small_vae, uneven  # noqa: E402
 
 _LATENT = (4, 3, 8, 8)
 _TEXT = 16
@@ -40,7 +41,7 @@ def transformer() -> WanTransformer3DModel:
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=64, in_channels=4,
         out_channels=4, text_dim=32, freq_dim=64, ffn_dim=256, num_layers=2,
     )  # fmt: skip
-    return _uneven(module)
+    return uneven(module)
 
 
 @pytest.fixture(scope="module")
@@ -50,31 +51,7 @@ def encoder() -> UMT5EncoderModel:
         vocab_size=200, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
-    return _uneven(UMT5EncoderModel(config))
-
-
-def _uneven(module: nn.Module) -> nn.Module:
-    """The module with norms' weights that are not all one, so that a mix-up shows."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "norm" in name or name.endswith("gamma"):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
-
-
-def _vae(*, residual: bool) -> AutoencoderKLWan:
-    torch.manual_seed(0)
-    options = (
-        {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
-        if residual
-        else {}
-    )
-    module = AutoencoderKLWan(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1,
-        temperal_downsample=[True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **options,
-    )  # fmt: skip
-    return _uneven(module)
+    return uneven(UMT5EncoderModel(config))
 
 
 @pytest.fixture(scope="module")
@@ -221,31 +198,9 @@ def test_a_large_table_stays_in_sixteen_bit_behind_its_gather(encoder, tmp_path:
     assert [n.op_type for n in graph.node if gather.output[0] in n.input] == ["Cast"]
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["wan2.2", "wan2.1"])
-def test_the_vae_steps_decode_a_clip_like_torch(residual: bool, tmp_path: Path) -> None:
-    vae = _vae(residual=residual)
-    component = vae_decoder_graphs(vae, latent_shape=(4, 5, 4, 4))
-    export_component(tmp_path, component, {}, precision=32)
-    require_parity(tmp_path, component, tolerance=1e-5)
-    latents = torch.randn(1, 4, 5, 4, 4, generator=torch.Generator().manual_seed(6))
-    with torch.no_grad():
-        expected = vae.decode(latents, return_dict=False)[0]
-    frames, caches = [], []
-    for index in range(5):
-        file = tmp_path / ("model.onnx" if index else "model_first.onnx")
-        inputs = {"latent_sample": latents[:, :, index : index + 1]}
-        inputs |= {f"cache_in_{i}": cache for i, cache in enumerate(caches)}
-        sample, *caches = run_graph(file, inputs)
-        assert sample.shape[2] == (4 if index else 1)
-        assert all(cache.shape[2] == 2 for cache in caches)
-        frames.append(sample)
-    assert (torch.cat(frames, dim=2) - expected).abs().max() <= 1e-4
-    assert expected.abs().max() == 1.0  # so the clamp is part of what is compared
-
-
 def test_both_vae_steps_share_one_copy_of_the_weights(tmp_path: Path) -> None:
-    vae = _vae(residual=True)
-    component = vae_decoder_graphs(vae, latent_shape=(4, 5, 4, 4))
+    vae = small_vae(residual=True)
+    component = vae_decoder_graphs(vae, bucket_of(vae))
     export_component(tmp_path, component, {}, precision=16)
     places = []
     for name in ("model_first.onnx", "model.onnx"):
