@@ -26,7 +26,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-w8a8 amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-w8a8 bench-fit cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -87,6 +87,12 @@ bench-speed: $(VENV)/installed ## a step of every component beside torch, and re
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json
+
+bench-fit: $(VENV)/installed ## memory of ONNX Runtime CPU as foretold and as measured
+	$(BIN)/python tests/bench/fit.py --models $(BUILD)/bench/hollow
+
+cards: $(VENV)/installed ## which card takes which recipe, as a Markdown table; nothing is run
+	$(BIN)/python tests/bench/cards.py --models $(BUILD)/bench/hollow
 
 amd-wheels: $(VENV)/installed ## run the artifact on onnxruntime-rocm and -migraphx, CPU only, in venvs of their own
 	tests/amd_wheels.sh $(ARTIFACT) $(PYTHON)

@@ -51,6 +51,9 @@ _device = click.option(
     default="cpu",
     help="torch device that computes: cpu, or cuda (ROCm too); of several ranks each its own GPU.",
 )
+_geometry = click.option(
+    "--geometry", help="Clip sizes, as 704x1280x121,480x832x81; default: the model's."
+)
 _SHARED: Final = ("plan", "quantize", "evaluate")  # commands that several ranks can run
 
 
@@ -108,13 +111,17 @@ def show_recipe(recipe: str) -> None:
 @click.option("--predict", "only_predict", is_flag=True, help="Stop before anything is measured.")
 @click.option("--probe", "renew", is_flag=True, help="Measure the machine anew.")
 @click.option("--out", type=_path, help="Count the copy that `quantize --out` would make.")
+@click.option("--target", help="Only tell whether it fits a card: gfx1201, rx-9070-xt, ..., cpu.")
+@click.option("--vram", help="Its memory, such as 16GB; default: the card's own.")
+@_geometry
 @_store
 @_device
 @_json
 @click.pass_obj
 def plan(
     ranks: Ranks, recipe: str, model: str, every_layer: bool, only_predict: bool, renew: bool,
-    out: Path | None, store: Path, device: str, as_json: bool,
+    out: Path | None, target: str | None, vram: str | None, geometry: str | None, store: Path,
+    device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show the fate of every weight, and what a run takes.
 
@@ -122,10 +129,21 @@ def plan(
     of measuring this machine. Only file headers are read, unless the recipe has a budget to spend:
     then what the layers contribute is measured afterwards; with --predict their smallest formats
     are assumed instead.
+
+    With --target: what is resident when, whether it fits, and the smallest change that makes it.
     """
     from hbxt_compress import pipeline, show
     from hbxt_compress.machine import Machine
     from hbxt_compress.recipe import load_recipe
+
+    if target is not None:
+        from hbxt_compress import show_fit
+        from hbxt_compress.fit.answer import foretell
+
+        answers = foretell(load_recipe(recipe), model, target, vram=vram, geometry=geometry)
+        return show_fit.answers(answers, as_json)
+    if (vram, geometry) != (None, None):
+        raise UsageError("--vram and --geometry: say of which card with --target gfx1201, or cpu")
     from hbxt_compress.store import Store
 
     found, results = load_recipe(recipe), Store(store, ranks)
@@ -137,13 +155,14 @@ def plan(
         planned = pipeline.plan(found, model, results, machine=Machine(device=ranks.device(device)))
     if ranks.leads:
         show.plan(found, planned, as_json, every_layer=every_layer, told=told)
+    return None
 
 
 @hbxt.command()
 @click.argument("recipe")
 @_model
 @click.option("--out", type=_path, help="Folder for the artifact; default: in the store.")
-@click.option("--geometry", help="Clip sizes, as 704x1280x121,480x832x81; default: the model's.")
+@_geometry
 @click.option("--smoke", is_flag=True, help="First try all steps on two blocks of the model.")
 @click.option("--force", is_flag=True, help="Run even if memory or disk will not do.")
 @_store

@@ -45,6 +45,7 @@ __all__ = [
     "prediction",
     "recipes",
     "report",
+    "rows",
     "status",
     "verified",
 ]
@@ -285,6 +286,19 @@ def verified(found: Artifact) -> None:
         escape(f"{found.folder}: {len(records)} files, {total}: as the manifest says"),
         soft_wrap=True,
     )
+
+
+def rows(
+    title: str, columns: Sequence[str], cells: Iterable[Sequence[str]], notes: Iterable[str]
+) -> None:
+    """Prints a table and lines below it; a column that starts with > is right-aligned."""
+    table = _table(*columns, title=title)
+    for one in cells:
+        table.add_row(*map(escape, one))
+    out = _out()
+    out.print(table)
+    for note in notes:
+        out.print(escape(note), soft_wrap=True)
 
 
 def _time(seconds: float | None) -> str:

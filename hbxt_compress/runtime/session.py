@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from hbxt_compress.errors import RuntimeUnavailable, UsageError, listing
+from hbxt_compress.heap import keep_apart
 from hbxt_compress.runtime.settings import ProviderSettings
 
 __all__ = ["AMDGPU_LIBRARY", "Provider", "Session", "installed_providers", "open_session"]
@@ -133,14 +134,15 @@ def _open(
     options = ort.SessionOptions()
     options.log_severity_level = 4  # every failure reaches the user as an exception
     options.inter_op_num_threads = 1
+    if provider == "cpu":
+        # what a run allocates goes back when it is done with: an arena would keep the most that any
+        # moment took, in pieces that later values do not fit into, and a pattern all of it twice
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        keep_apart()
     if n_threads is not None:
         options.intra_op_num_threads = n_threads
     for key, value in config.items():
         options.add_session_config_entry(key, value)
-    if (
-        provider == "cpu"
-    ):  # a block planned ahead lies beside the arena; reuse keeps values too long
-        options.enable_mem_pattern = options.enable_mem_reuse = False
     if provider == "cpu" and _saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
     name = _NAMES[provider]

@@ -31,7 +31,15 @@ from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
 
 from hbxt_compress.source import BUILTIN, locate  # noqa: E402
 
-__all__ = ["CHECKPOINTS", "TEXT_ENCODERS", "TRANSFORMERS", "VAES", "Checkpoint", "write_checkpoint"]
+__all__ = [
+    "CHECKPOINTS",
+    "TEXT_ENCODERS",
+    "TRANSFORMERS",
+    "VAES",
+    "Checkpoint",
+    "write_checkpoint",
+    "write_configs",
+]
 
 _VERSION = 1  # of the numbers and the layout: part of the stamp
 _STAMP = ".stamp"  # no .json: what lies beside weights as JSON is hashed as part of the model
@@ -72,6 +80,12 @@ TEXT_ENCODERS: Mapping[str, Mapping[str, int]] = {
 
 VAES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {},
+    "wan2.1": {
+        "base_dim": 96, "decoder_base_dim": None, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+        "attn_scales": [], "temperal_downsample": [False, True, True], "is_residual": False,
+        "in_channels": 3, "out_channels": 3, "patch_size": None,
+        "scale_factor_temporal": 4, "scale_factor_spatial": 8,
+    },
     "wan2.2": {
         "base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
         "attn_scales": [], "temperal_downsample": [False, True, True], "is_residual": True,
@@ -176,7 +190,7 @@ def write_checkpoint(folder: Path, which: Checkpoint, *, shard_bytes: int = 5 * 
     folder.mkdir(parents=True)
     shapes, drawer = which.shapes(), Drawer(which.seed)
     _check_room(folder, 2 * sum(math.prod(s) for own in shapes.values() for s in own.values()))
-    _write_configs(folder, which)
+    write_configs(folder, which)
     for name, own in shapes.items():
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
         write_weights(folder / name, stem, own, drawer, prefix=f"{name}/", shard_bytes=shard_bytes)
@@ -184,7 +198,8 @@ def write_checkpoint(folder: Path, which: Checkpoint, *, shard_bytes: int = 5 * 
     return folder
 
 
-def _write_configs(folder: Path, which: Checkpoint) -> None:
+def write_configs(folder: Path, which: Checkpoint) -> None:
+    """All of a folder but weights and stamp."""
     builtin = locate(BUILTIN, hashed=False)
     index = builtin.config("model_index.json")
     index["expand_timesteps"] = TRANSFORMERS[which.transformer].channels == 48  # Wan2.2-TI2V

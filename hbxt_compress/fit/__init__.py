@@ -1,0 +1,1 @@
+"""Whether a compressed model fits a card: what is resident when, foretold without weights."""
