@@ -10,7 +10,6 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -269,40 +268,22 @@ def generate(
     if out.suffix.lower() != ".mp4":
         raise UsageError(f"--out {out}: clips are written as .mp4; give a name that ends so")
     from hbxt_compress import show
-    from hbxt_compress.clips import write_mp4
+    from hbxt_compress.film import film
     from hbxt_compress.runtime.generate import Runtime
     from hbxt_compress.runtime.settings import cache_folder
-    from hbxt_compress.stopping import Stopped, until_stopped
 
     def step(done: int, total: int) -> None:
         log.info("step", extra={"progress": (done, total, "denoising")})
 
-    stops: list[Stopped] = []
-    kept = "nothing was written"
-    try:
+    def opened() -> Runtime:
         prompts = None if no_cache else cache or cache_folder() / "prompts"
-        with Runtime.open(
-            artifact,
-            provider=provider,
-            n_threads=threads,
-            size=geometry,
-            tiled=tiled,
+        return Runtime.open(
+            artifact, provider=provider, n_threads=threads, size=geometry, tiled=tiled,
             cache=prompts,
-        ) as runtime:
-            size = runtime.bucket.geometry
-            frames = runtime.stream(
-                prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step
-            )
-            with closing(until_stopped(frames, stops)) as finished:
-                n_frames = write_mp4(out, finished, size.fps)
-            kept = f"{out} holds {n_frames} of {size.n_frames} frames"
-            if stops:
-                raise stops[0]
-            show.clip(out, n_frames, size, sorted(set(runtime.providers.values())))
-    except Stopped as stopped:
-        stopped.add_note(kept)
-        stopped.advice = "the same command starts over"
-        raise
+        )  # fmt: skip
+
+    made = film(out, opened, prompt, seed=seed, n_steps=steps, guidance=guidance, progress=step)
+    show.clip(out, *made)
 
 
 @hbxt.command()

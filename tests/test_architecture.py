@@ -65,7 +65,7 @@ ROWS = (
     {"smoke"},
     {"show", "progress", "stopping", "doctor", "reference"},
     {"show_fit"},
-    {"ending"},
+    {"ending", "film"},
     {"cli", "__init__"},
     {"__main__"},
 )
