@@ -25,7 +25,6 @@ __all__ = ["BASE_BYTES", "OnCpu", "on_cpu", "working_set"]
 
 BASE_BYTES: Final = 90_000_000
 """of the process: the interpreter, its libraries and those parts of ONNX Runtime that run"""
-_WHILE_LOADING: Final = 1 << 28
 _HALF: Final = ir.DataType.FLOAT16
 _FULL: Final = 4  # bytes of a float32
 
@@ -66,12 +65,10 @@ def on_cpu(model: ir.Model) -> OnCpu:
     )
     weights = {v: n for v, n in kept.sizes.items() if not _only_looked_up(v)}
     total = sum(weights.values())
-    folded = sum(n for v, n in weights.items() if not v.is_initializer())
-    passing = min(folded, _WHILE_LOADING)
     return OnCpu(
         weight_bytes=total,
         value_bytes=found.peak_bytes,
-        loading_bytes=max(kept.computed_bytes, total + _largest(weights), total + passing),
+        loading_bytes=max(kept.computed_bytes, total + _largest(weights)),
         working_bytes=found.working_bytes,
         at=found.at,
     )

@@ -72,7 +72,7 @@ CASES = (
         for recipe in ("fp32", "fp16", "w4a16-fast", "w8a8")
         for size in ("256x256x33", "320x512x17")
     ),
-    Case(checkpoint=_MIDDLE, component="transformer", recipe="w4a16-fast", size="256x256x17"),
+    Case(checkpoint=_MIDDLE, component="transformer", recipe="w4a16-fast", size="128x128x17"),
     Case(checkpoint=_WIDE, component="transformer", recipe="w4a16-fast", size="256x256x33"),
     Case(checkpoint=_WHOLE, component="text_encoder", recipe="w4a16-fast", size="64x64x5"),
     Case(checkpoint=_WHOLE, component="vae_decoder", recipe="fp16", size="128x128x5"),
