@@ -21,10 +21,8 @@ from hbxt_compress.fit.residency import Loading, Residency, Stage, fuses_attenti
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.recipe import Recipe, load_recipe
 
-__all__ = ["TILE", "Fitter", "Setting", "smaller_clips"]
+__all__ = ["Fitter", "Setting", "smaller_clips"]
 
-TILE: Final = 256
-"""Pixels along a side of the tiles that are tried."""
 _FOR_TRIALS: Final = frozenset({"tiny"})
 _SMALLER: Final = 0.9  # sides of the next smaller size
 _FEWER: Final = 8  # steps to the shortest clip
@@ -45,7 +43,7 @@ class Setting:
         if self.loading != asked.loading:
             found.append("one graph open at a time")
         if self.tiled and not asked.tiled:
-            found.append(f"VAE decode in tiles of {TILE}x{TILE}")
+            found.append("VAE decode in tiles")
         if self.recipe != asked.recipe:
             found.append(f"recipe {self.recipe}")
         if self.clip.n_frames != asked.clip.n_frames:
@@ -114,9 +112,11 @@ class Fitter:
     def _stages(self, component: str, setting: Setting, target: str) -> tuple[Stage, ...]:
         clip = setting.clip
         if component == "vae_decoder":
-            sides = (clip.height, clip.width)
-            height, width = (min(one, TILE) for one in sides) if setting.tiled else sides
-            clip = replace(clip, height=height, width=width, n_frames=1)
+            family, source = self._lowerer.family, self._lowerer.source
+            tile = family.buckets(source, (clip,))[0].tile if setting.tiled else None
+            clip = replace(clip, n_frames=1)
+            if tile is not None:
+                clip = replace(clip, height=tile.height, width=tile.width)
         elif component == "text_encoder":
             clip = self._lowerer.family.geometry(self._lowerer.source)
         key = component, setting.recipe, clip, target == CPU, fuses_attention(target)
