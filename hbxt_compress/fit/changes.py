@@ -110,18 +110,18 @@ class Fitter:
         return self._recipes[name]
 
     def _stages(self, component: str, setting: Setting, target: str) -> tuple[Stage, ...]:
-        clip = setting.clip
+        clip, family, source = setting.clip, self._lowerer.family, self._lowerer.source
         if component == "vae_decoder":
-            family, source = self._lowerer.family, self._lowerer.source
-            tile = family.buckets(source, (clip,))[0].tile if setting.tiled else None
             clip = replace(clip, n_frames=1)
-            if tile is not None:
-                clip = replace(clip, height=tile.height, width=tile.width)
         elif component == "text_encoder":
-            clip = self._lowerer.family.geometry(self._lowerer.source)
-        key = component, setting.recipe, clip, target == CPU, fuses_attention(target)
+            clip = family.geometry(source)
+        key = component, setting.recipe, clip, setting.tiled, target == CPU, fuses_attention(target)
         if key not in self._known:
             graphs = self._lowerer.graphs(self._recipe(setting.recipe), component, clip)
+            if component == "vae_decoder":
+                (bucket,) = family.buckets(source, (clip,))
+                steps = bucket.tile if setting.tiled and bucket.tile else bucket
+                graphs = {name: graphs[name] for name in (steps.first, steps.next)}
             self._known[key] = measure_stages(component, graphs, target)
         return self._known[key]
 

@@ -18,7 +18,6 @@ from markdown_table import markdown_table
 from hbxt_compress.fit.answer import Answer, Asker
 from hbxt_compress.fit.cards import GIB, cards, find_room
 from hbxt_compress.recipe import load_recipe
-from hbxt_compress.show_fit import verdict
 from hbxt_compress.source import locate
 
 __all__ = ["RECIPES", "rows"]
@@ -28,11 +27,12 @@ _MODELS = {
     "Wan2.2-TI2V-5B": ({"transformer": "5B", "vae": "wan2.2"}, "704x1280x121"),
     "Wan2.1-T2V-1.3B": ({"transformer": "1.3B", "vae": "wan2.1"}, "480x832x81"),
 }
-_TITLES = ("card", "model", "recipe", "fits", "peak (GB)", "least s a step", "attention")
+_KEPT = "one graph open at a time"  # as `hbxt generate` runs it
 
 
 def rows(models: Path) -> Iterator[tuple[str, ...]]:
-    """By model, recipe and card. models: folder of the configs, made if they are not there."""
+    """A card a row. models: folder of the configs, made if they are not there."""
+    columns: dict[str, dict[str, str]] = {}
     for name, (sizes, geometry) in _MODELS.items():
         folder = hollow_checkpoint(models, text_encoder="umt5-xxl", **sizes)
         asker = Asker(locate(str(folder), hashed=False))
@@ -40,25 +40,33 @@ def rows(models: Path) -> Iterator[tuple[str, ...]]:
         for recipe in RECIPES:
             for card in cards().cards:
                 found = asker.answer(load_recipe(recipe), clip, find_room(card.short))
-                yield (card.name, f"{name} {clip}", recipe, *_cells(found))
+                own = columns.setdefault(card.name, {})
+                own[f"{name} {recipe} (GB)"] = _cell(found)
+                if recipe == RECIPES[0] and found.step is not None:
+                    seconds = f"{found.seconds_per_step:.2g}"
+                    share = f"{found.step.attention_share:.0%}"
+                    own[f"{name} {clip}: least s a step, attention"] = f"{seconds}, {share}"
+            sys.stderr.write(f"{name} {recipe}\n")
+    yield ("card", *next(iter(columns.values())))
+    for name, own in columns.items():
+        yield (name, *own.values())
 
 
-def _cells(found: Answer) -> tuple[str, ...]:
-    told = verdict(found) + (" (as it is, with all of its range)" if found.only_at_most else "")
+def _cell(found: Answer) -> str:
+    """Peak memory, and what it takes."""
     peak = f"{found.residency.peak_bytes / GIB:.1f}"
-    step = "" if found.seconds_per_step is None else f"{found.seconds_per_step:.2g}"
-    share = "" if found.step is None else f"{found.step.attention_share:.0%}"
-    return told, peak, step, share
+    if found.found is None:
+        return f"does not fit: {peak}"
+    if not found.changes:
+        return f"{peak}, all kept"
+    return ", ".join([peak, *(one for one in found.changes if one != _KEPT)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("build/bench/hollow"))
-    found = []
-    for row in rows(parser.parse_args().models):
-        found.append(row)
-        sys.stderr.write(" | ".join(row) + "\n")
-    sys.stdout.write("\n".join(markdown_table(_TITLES, found, n_words=4)) + "\n")
+    titles, *found = rows(parser.parse_args().models)
+    sys.stdout.write("\n".join(markdown_table(titles, found, n_words=1)) + "\n")
 
 
 if __name__ == "__main__":

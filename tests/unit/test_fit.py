@@ -14,11 +14,12 @@ from hbxt_compress.cli import hbxt
 from hbxt_compress.errors import HbxtError, SourceError, UsageError
 from hbxt_compress.fit.answer import Asker
 from hbxt_compress.fit.cards import CPU, GIB, Card, Room, cards, find_room, memory_bytes
-from hbxt_compress.fit.changes import Setting, smaller_clips
+from hbxt_compress.fit.changes import Fitter, Setting, smaller_clips
 from hbxt_compress.fit.constants import stored_bytes
 from hbxt_compress.fit.lowered import Lowerer
 from hbxt_compress.fit.residency import Residency, fuses_attention, measure_stage, measure_stages
 from hbxt_compress.fit.roofline import ATTENTION, estimate
+from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.table import targets
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.show_fit import lines
@@ -174,6 +175,20 @@ def test_the_smallest_change_is_tried_first_and_only_what_is_needed_is_named(
     nothing = asker.answer(recipe, clip, _room(1000))
     assert nothing.found is None
     assert nothing.to_json()["fits_with"] is None
+
+
+def test_frames_are_decoded_whole_or_in_tiles_and_not_both(lowerer: Lowerer) -> None:
+    clip = Geometry(height=512, width=288, n_frames=5, fps=8.0)
+    fitter = Fitter(lowerer)
+    whole, tiled = (
+        fitter.residency(Setting(recipe="fp16", clip=clip, tiled=one), _GPU).stages
+        for one in (False, True)
+    )
+    titles = [stage.name for stage in whole]
+    assert titles == [stage.name for stage in tiled]
+    assert len(titles) == len(set(titles)) == 4
+    before, after = (found[-1].value_bytes for found in (whole, tiled))
+    assert 0.3 * before < after < 0.6 * before  # a tile has 256 x 256 pixels
 
 
 def test_smaller_clips_keep_the_shape_and_are_sizes_the_model_takes(lowerer: Lowerer) -> None:
