@@ -27,7 +27,7 @@ _MODELS = {
     "Wan2.2-TI2V-5B": ({"transformer": "5B", "vae": "wan2.2"}, "704x1280x121"),
     "Wan2.1-T2V-1.3B": ({"transformer": "1.3B", "vae": "wan2.1"}, "480x832x81"),
 }
-_KEPT = "one graph open at a time"  # as `hbxt generate` runs it
+_ONE = "one graph open at a time"  # as `hbxt generate` runs it
 
 
 def rows(models: Path) -> Iterator[tuple[str, ...]]:
@@ -57,9 +57,8 @@ def _cell(found: Answer) -> str:
     peak = f"{found.residency.peak_bytes / GIB:.1f}"
     if found.found is None:
         return f"does not fit: {peak}"
-    if not found.changes:
-        return f"{peak}, all kept"
-    return ", ".join([peak, *(one for one in found.changes if one != _KEPT)])
+    kept = ["all kept"] if found.found.loading == "all kept" else []
+    return ", ".join([peak, *kept, *(one for one in found.changes if one != _ONE)])
 
 
 def main() -> None:
