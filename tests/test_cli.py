@@ -194,7 +194,8 @@ def test_plan_predicts_by_stage_before_anything_is_measured(
     assert hbxt(*asked, "--json", "--out", tmp_path / "out") == 0
     told = json.loads(hbxt.out)["predicted"]
     named = [stage["stage"] for stage in told["stages"]]
-    assert named == ["read", "calibrate", "probe", "quantize", "refine", "export", "copy"]
+    stages = ["read", "calibrate", "probe", "quantize", "refine", "ranges", "export", "copy"]
+    assert named == stages
     for total, key, joined in (
         ("seconds", "seconds", sum), ("disk_bytes", "disk_bytes", sum),
         ("peak_rss_bytes", "peak_rss_bytes", max),
