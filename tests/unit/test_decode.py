@@ -33,6 +33,7 @@ from hbxt_compress.tile import Tile
 from tests.fake_artifact import make_artifact, rewrite_manifest
 from tests.small_vaes import bucket_of, small_vae
 
+pytestmark = pytest.mark.timeout(300)  # exports take a while where others compute, too
 _FACTOR = 8
 
 
@@ -315,7 +316,6 @@ for line in Path("/proc/self/status").read_text().splitlines():
 """
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read there")
 def test_memory_does_not_grow_with_the_frames(tiled: bool, tmp_path: Path) -> None:
