@@ -22,8 +22,8 @@ class Answer:
     """For one clip size. asked: with every component kept. found: the smallest change, or None.
 
     asked_bytes: the peak as asked. residency: with the change, or with one graph open at a time if
-    none helps. step: an estimate of one run of the transformer
-    there; None on a processor. passes: runs of it in a denoising step.
+    none helps. step: an estimate of one run of the transformer there; None on a processor. passes:
+    runs of it in a denoising step.
     """
 
     room: Room

@@ -1,10 +1,10 @@
 """Memory that ONNX Runtime's CPU provider takes for one graph: what a process has at its peak.
 
 Weights lie packed in memory of their own; a table that rows are looked up in stays in its mapped
-file. Values are pooled (fit/liveness.py) and some operators need more inside than they give. Most
-have no kernel for float16: they take and give float32, and the Casts around them are left out. All
-that holds for sessions as runtime/session.py opens them, without an arena. Sizes of working sets
-were measured one by one; the sum is compared with real runs by tests/bench/fit.py.
+file. Some operators need more inside than they give. Most have no kernel for float16: they take and
+give float32, and the Casts around them are left out. All that holds for sessions as
+runtime/session.py opens them, where a value goes when nothing reads it any more. Working sets were
+measured one by one; the sum is compared with real runs by tests/bench/fit.py.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def on_cpu(model: ir.Model) -> OnCpu:
         order=run_order(model.graph),
         working=working_set,
         size=_size,
-        kind=_kind,
         is_view=_is_view,
-        pooled=True,
     )
     weights = {v: n for v, n in kept.sizes.items() if not _only_looked_up(v)}
     total = sum(weights.values())
@@ -127,13 +125,6 @@ def _is_gemm(value: ir.Value | None) -> bool:
     stored = weight is not None and weight.is_initializer()
     stored = stored or (source is not None and source.op_type == "Cast")
     return stored and len(users) == 1 and _adds_bias(users[0])
-
-
-def _kind(value: ir.Value) -> object:
-    """Values of which shapes share memory; what such a product gives has two axes."""
-    maker, shape = value.producer(), shape_of(value)
-    product = maker.inputs[0] if maker is not None and _adds_bias(maker) else value
-    return (math.prod(shape[:-1]), *shape[-1:]) if _is_gemm(product) else shape
 
 
 def _product(node: ir.Node) -> int:

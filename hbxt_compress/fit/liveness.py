@@ -2,8 +2,6 @@
 
 A Reshape shares its input's buffer; an elementwise operator writes over an input that nothing reads
 later and that is as large. What the caller gives lives all the time, what it gets until the end.
-Pooled, as ONNX Runtime plans it, a buffer that is free again serves later values of the same shape
-only, and stays until the last of them is gone.
 """
 
 from __future__ import annotations
@@ -45,10 +43,9 @@ class Liveness:
 
 @dataclass(slots=True)
 class _Buffer:
-    """kind: of values that may lie in it. begin, end: first and last step that it exists at."""
+    """begin, end: first and last step that it exists at."""
 
     size: int
-    kind: object
     begin: int
     end: int
     values: set[ir.Value] = field(default_factory=set)
@@ -79,25 +76,21 @@ def liveness(
     order: Sequence[ir.Node] | None = None,
     working: Callable[[ir.Node], int] = lambda _: 0,
     size: Callable[[ir.Value], int] = nbytes,
-    kind: Callable[[ir.Value], object] = lambda value: shape_of(value),
     is_view: Callable[[ir.Node], bool] = lambda node: node.op_type in VIEWS,
-    pooled: bool = False,
 ) -> Liveness:
     """The peak over the graph's nodes, in the file's order or in another.
 
     constants: values that are known before it runs (initializers always are); nodes that make
     nothing else are left out. working: bytes that a node needs inside while it runs. size: of a
-    value, if it is kept in other numbers than the graph says. kind: values of one kind and size may
-    follow each other in a pooled buffer. is_view: nothing is computed.
+    value, if it is kept in other numbers than the graph says. is_view: nothing is computed.
     """
     graph = model.graph
     known = {*constants, *graph.initializers.values()}
     nodes = [n for n in order or graph if not all(v in known for v in n.outputs if v.name)]
     kept = {*graph.inputs, *graph.outputs}
     left = Counter(value for node in nodes for value in node.inputs if value is not None)
-    buffers = [_Buffer(size(v), v, 0, len(nodes), {v}) for v in graph.inputs]
+    buffers = [_Buffer(size(v), 0, len(nodes), {v}) for v in graph.inputs]
     of = {next(iter(one.values)): one for one in buffers}
-    free: list[_Buffer] = []
 
     def is_dead(buffer: _Buffer) -> bool:
         return not any(left[one] > 0 or one in kept for one in buffer.values)
@@ -107,24 +100,15 @@ def liveness(
         left.subtract(inputs)
         for value in (one for one in node.outputs if one.name):
             buffer = None if value in kept else _shared(node, value, inputs, of, is_dead, is_view)
-            if buffer is None and pooled and value not in kept:
-                wanted = kind(value), size(value)
-                buffer = next((one for one in reversed(free) if one.kind == wanted), None)
-                if buffer is not None:
-                    free.remove(buffer)
-                    buffer.values.clear()
             if buffer is None:
                 end = len(nodes) if value in kept else step
-                buffer = _Buffer(size(value), (kind(value), size(value)), step, end)
+                buffer = _Buffer(size(value), step, end)
                 buffers.append(buffer)
             buffer.values.add(value)
             of[value] = buffer
-        for buffer in {
-            id(of[one]): of[one] for one in (*inputs, *node.outputs) if one in of
-        }.values():
-            buffer.end = max(buffer.end, step)
-            if is_dead(buffer) and not any(one is buffer for one in free):
-                free.append(buffer)
+        for one in (*inputs, *node.outputs):
+            if one in of:
+                of[one].end = max(of[one].end, step)
     return _worst(nodes, buffers, graph, working)
 
 

@@ -43,10 +43,13 @@ def lower_convolutions(model: ir.Model, storage: Storage) -> None:
         ):
             if frames is None:
                 continue
-            more = [bias] if out is None and bias is not None else []
+            # none of them without: ONNX Runtime would hold its weight twice while it loads
+            own = bias if out is None else None
+            if own is None:
+                own = _zeros(builder, graph, builder.shape_of(weight)[0])
             convolved = builder.node(
                 "Conv",
-                [frames, part, *more],
+                [frames, part, own],
                 shape=builder.shape_of(node.outputs[0]),
                 kernel_shape=builder.shape_of(weight)[3:],
                 pads=node.attributes["pads"].as_ints(),
@@ -56,6 +59,13 @@ def lower_convolutions(model: ir.Model, storage: Storage) -> None:
             out = convolved
         node.outputs[0].replace_all_uses_with(present(out), replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _zeros(builder: GraphBuilder, graph: ir.Graph, n: int) -> Value:
+    """A bias that adds nothing."""
+    name = f"zeros.{n}"
+    known = graph.initializers.get(name)
+    return builder.initializer(name, torch.zeros(n)) if known is None else known
 
 
 def _windows(

@@ -131,7 +131,8 @@ class RuntimeTable(Settings):
     name: str
     title: str
     like: str | None = None
-    """a table whose operators (where none are listed here) and rules hold here, too"""
+    """a table whose operators (where none are listed here), rules and variables hold here, too; not
+    its options, which each provider names its own way"""
     provider: str
     """ONNX Runtime's name of the execution provider"""
     version: str
@@ -220,4 +221,11 @@ def table(name: str) -> RuntimeTable:
         return own
     other = table(own.like)
     taken = {"operators": own.operators or other.operators, "only": other.only | own.only}
-    return own.model_copy(update={**taken, "rules": (*other.rules, *own.rules)})
+    told = tuple(one for one in other.settings if not one.options)
+    return own.model_copy(
+        update={
+            **taken,
+            "rules": (*other.rules, *own.rules),
+            "settings": (*told, *own.settings),
+        }
+    )

@@ -27,7 +27,7 @@ from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.export import export_component
 from hbxt_compress.graph.external import component_bytes
 from hbxt_compress.graph.parity import SESSION_OPTIONS, require_parity
-from hbxt_compress.graph.settings import target_records
+from hbxt_compress.graph.records import target_records
 from hbxt_compress.manifest import SCHEMA, FileRecord, LayerFate, Manifest
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan, Plan
@@ -39,7 +39,7 @@ from hbxt_compress.store import Entry, Work
 
 __all__ = ["FACTS", "VERSION", "export"]
 
-VERSION = 4
+VERSION = 5
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,26 +83,27 @@ def _observe(
             _passed(chain, i, carry, mask, most) for carry, mask in zip(carries, masks, strict=True)
         ]
         chain.leave(i)
-    names = {id(module): path for path, module in chain.module.named_modules()}
-    return {f"{component}/{names[int(key)]}": value for key, value in most.items()}
+    return {f"{component}/{path}": value for path, value in most.items()}
 
 
 def _passed(chain: Chain, index: int, carry: Carry, mask: Tensor, most: dict[str, float]) -> Carry:
-    with _watched(chain.blocks[index], mask, most):
+    with _watched(chain, chain.blocks[index], mask, most):
         return chain.block(index, carry)
 
 
 @contextmanager
-def _watched(block: nn.Module, mask: Tensor, most: dict[str, float]) -> Iterator[None]:
+def _watched(
+    chain: Chain, block: nn.Module, mask: Tensor, most: dict[str, float]
+) -> Iterator[None]:
     """Meanwhile what the block's linears are given and give is noted, but for padding."""
+    inside = set(block.modules())
 
-    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(path: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         largest = max(float(one[mask].abs().max()) for one in (given[0], output))
-        key = str(id(module))
-        most[key] = max(most.get(key, 0.0), largest)
+        most[path] = max(most.get(path, 0.0), largest)
 
     with ExitStack() as stack:
-        for module in block.modules():
-            if isinstance(module, nn.Linear):
-                stack.callback(module.register_forward_hook(note).remove)
+        for path, module in chain.module.named_modules():
+            if module in inside and isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_hook(partial(note, path)).remove)
         yield

@@ -323,7 +323,7 @@ def test_memory_does_not_grow_with_the_frames(tiled: bool, tmp_path: Path) -> No
 
     Some are what the video's encoder looks ahead, which after 17 frames it has not yet.
     """
-    vae = small_vae(residual=True, base_dim=8)
+    vae = small_vae(residual=True, base_dim=16)
     bucket = bucket_of(vae, (5, 32, 40), _tile(256, 192, 64))
     export_component(tmp_path, vae_decoder_graphs(vae, bucket), {}, precision=32)
     peaks = []

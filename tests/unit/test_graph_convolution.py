@@ -73,6 +73,8 @@ def test_it_is_a_convolution_over_pixels_that_equals_torch(
 ) -> None:
     net = _Net(kernel, n_frames, bias=n_frames != 2)
     export_component(tmp_path, net.graphs(), {}, precision=32)
+    nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    assert {len(node.input) for node in nodes if node.op_type == "Conv"} == {3}  # each has a bias
     assert measure_parity(tmp_path / "model.onnx", net.graphs().graphs["model.onnx"]).max_abs < 1e-5
     graph = onnx.load(tmp_path / "model.onnx").graph
     stored = {t.name: list(t.dims) for t in graph.initializer if t.name.endswith(".weight")}
