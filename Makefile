@@ -69,6 +69,7 @@ check: $(VENV)/installed ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/bench/*.py
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: $(VENV)/installed ## time RECIPE from an empty store

@@ -26,6 +26,7 @@ from hbxt_compress.prompts import load_prompts
 from hbxt_compress.runtime.generate import noise
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.text import PromptTokenizer
+from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.source import BUILTIN, locate
 from hbxt_compress.suite import load_suite
 
@@ -68,7 +69,7 @@ class _Trajectories:
     transformer: nn.Module
     text_encoder: nn.Module
     tokenizer: PromptTokenizer
-    sampler: object
+    sampler: SamplerSpec
     latent_shape: tuple[int, ...]
 
     @classmethod

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import onnx.defs
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -49,7 +50,7 @@ def kernels() -> Mapping[tuple[str, str], frozenset[str]]:
             if name not in kernel.type_constraints and (len(types) == 1 or not renamed):
                 found[key] |= types
     for schema in onnx.defs.get_all_schemas():  # operators that are made of others
-        made = schema.has_function or schema.has_context_dependent_function
+        made = schema.has_function or schema.has_context_dependent_function  # type: ignore[attr-defined]
         if schema.domain == "" and made and not schema.deprecated:
             types = set[str]().union(*_by_parameter(schema).values())
             found.setdefault((schema.domain, schema.name), types)
@@ -58,7 +59,7 @@ def kernels() -> Mapping[tuple[str, str], frozenset[str]]:
 
 def _free() -> dict[tuple[str, str], dict[str, set[str]]]:
     """(domain, operator) -> type parameter -> element types of its newest definition."""
-    newest: dict[tuple[str, str], object] = {}
+    newest: dict[tuple[str, str], Any] = {}
     for schema in state.get_all_operator_schema():
         key = schema.domain, schema.name
         if key not in newest or schema.since_version > newest[key].since_version:
@@ -66,7 +67,7 @@ def _free() -> dict[tuple[str, str], dict[str, set[str]]]:
     return {key: _by_parameter(schema) for key, schema in newest.items()}
 
 
-def _by_parameter(schema: object) -> dict[str, set[str]]:
+def _by_parameter(schema: Any) -> dict[str, set[str]]:
     allowed = {one.type_param_str: one.allowed_type_strs for one in schema.type_constraints}
     names = [
         getattr(one, "type_str", None) or one.typeStr for one in (*schema.inputs, *schema.outputs)

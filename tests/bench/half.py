@@ -33,7 +33,7 @@ _PROMPTS = (
 )
 
 
-class _Literal(ort.SessionOptions):
+class _Literal(ort.SessionOptions):  # type: ignore[misc]
     """Options of sessions that take no node out."""
 
     def __init__(self) -> None:

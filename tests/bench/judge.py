@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import ClipSet
 from hbxt_compress.machine import Machine
-from hbxt_compress.metrics import METRICS, PairMetric, SetMetric, Unavailable, WeightFiles
+from hbxt_compress.metrics import METRICS, Metric, PairMetric, SetMetric, Unavailable, WeightFiles
 from hbxt_compress.metrics.statistics import bootstrap_interval
 from hbxt_compress.models import family_of
 from hbxt_compress.pipeline import compress
@@ -66,15 +66,15 @@ class VelocityJudge:
 
     def judge(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The SQNR of the torch module with these weights."""
-        before = {}
+        before: dict[str, Tensor] = {}
         for name, weight in weights.items():
-            layer = self.transformer.get_submodule(name)
-            before[name], layer.weight.data = layer.weight.data, weight
+            own = self.transformer.get_submodule(name).get_parameter("weight")
+            before[name], own.data = own.data, weight
         try:
             return self.compare(velocity(self.transformer, *self.calls))
         finally:
             for name, weight in before.items():
-                self.transformer.get_submodule(name).weight.data = weight
+                self.transformer.get_submodule(name).get_parameter("weight").data = weight
 
     def compare(self, v: Tensor) -> dict[str, float]:
         """The SQNR over both guidance branches, and of the velocity they are combined to."""
@@ -101,7 +101,7 @@ class ClipJudge:
         self.folder, self.store, self.machine = folder, Store(folder / "store"), machine
         self.model = model
         self.suite = load_suite(_SUITE)
-        self.metrics: dict[str, PairMetric | SetMetric | None] = {}
+        self.metrics: dict[str, Metric | None] = {}
         for key, name in _CLIP_METRICS.items():
             try:
                 self.metrics[key] = METRICS[name].load(WeightFiles.from_environment())
@@ -128,7 +128,7 @@ class ClipJudge:
                 each = [metric.compare(*pair) for pair in pairs]
                 values[key] = float(np.mean(each))
                 values[f"{key}_interval"] = bootstrap_interval(each, seed=0)
-            else:
+            elif isinstance(metric, SetMetric):
                 values[key] = metric.measure(self.reference.clips, clips.clips)
         return values
 

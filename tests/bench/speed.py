@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from hbxt_compress.torchvision_ops import mend_torchvision
 
 mend_torchvision()
@@ -41,6 +43,7 @@ from hbxt_compress.graph.parity import SESSION_OPTIONS  # noqa: E402
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs  # noqa: E402
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs  # noqa: E402
 from hbxt_compress.runtime.session import open_session  # noqa: E402
+from tests.small_vaes import bucket_of  # noqa: E402
 
 __all__ = ["Row", "compete", "table"]
 
@@ -194,7 +197,7 @@ def vae(_: argparse.Namespace) -> ComponentGraphs:
         base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
         temperal_downsample=[False, True, True],
     ).eval()  # fmt: skip
-    return vae_decoder_graphs(module, latent_shape=(16, 2, 12, 12))
+    return vae_decoder_graphs(module, bucket_of(module, (5, 12, 12)))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[Row]:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hbxt_compress.torchvision_ops import mend_torchvision
 
@@ -113,7 +114,8 @@ def main() -> None:
         else shapes(height, width, chosen.n_frames)
     )
     frames = torch.from_numpy(content).float().permute(3, 0, 1, 2)[None] * 2 - 1
-    latents = vae.encode(frames).latent_dist.mode()[0].numpy()
+    encode: Any = vae.encode
+    latents = encode(frames).latent_dist.mode()[0].numpy()
     bucket = Bucket(
         geometry=Geometry(height=height, width=width, n_frames=chosen.n_frames, fps=8.0),
         latent_shape=latents.shape,
