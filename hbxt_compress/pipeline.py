@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from hbxt_compress.algorithms import AnyDistiller
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.costs.prediction import (
     Prediction,
@@ -32,10 +33,11 @@ from hbxt_compress.plan import (
 )
 from hbxt_compress.prompts import PromptSet, load_prompts
 from hbxt_compress.publish import publish
-from hbxt_compress.recipe import Recipe, load_recipe
+from hbxt_compress.recipe import Recipe, distillers, load_recipe
 from hbxt_compress.report import QualityReport
 from hbxt_compress.source import Source, locate
 from hbxt_compress.stages.calibrate import calibrate
+from hbxt_compress.stages.distill import STUDENT, distill
 from hbxt_compress.stages.export import export
 from hbxt_compress.stages.noise_clips import clip_geometry, noise_clips
 from hbxt_compress.stages.probe import probe, read_damages
@@ -44,6 +46,7 @@ from hbxt_compress.stages.ranges import ranges
 from hbxt_compress.stages.refine import refine
 from hbxt_compress.stages.report import report, weights_at_hand
 from hbxt_compress.stages.sample import sample
+from hbxt_compress.stages.teach import teach
 from hbxt_compress.store import Entry, Missing, Store
 from hbxt_compress.suite import Suite
 
@@ -58,7 +61,10 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     Reads nothing but file headers, unless the recipe has a budget: then the layers are measured.
     """
     hashed = recipe.budget is not None
-    return _plan(recipe, _located(model, store, hashed=hashed), store, machine)
+    source = _located(model, store, hashed=hashed)
+    if hashed:
+        source = _student(recipe.distill, source, store, machine)
+    return _plan(recipe, source, store, machine)
 
 
 def foresee(
@@ -107,7 +113,8 @@ def compress(
     sizes: of the clips that it is to generate, as 704x1280x121,480x832x81; None: the model's own.
     """
     source = _located(model, store)
-    entry = _artifact(recipe, source, store, machine, _clips(source, sizes))
+    student = _student(recipe.distill, source, store, machine)
+    entry = _artifact(recipe, student, store, machine, _clips(source, sizes))
     return _published(store, entry, out, mark="manifest.json")
 
 
@@ -122,22 +129,23 @@ def evaluate(
 ) -> QualityReport:
     """The quality of an artifact against the full-precision model, both run by the same runtime."""
     candidate = Artifact.open(artifact)
-    source = _source_of(candidate, model, store)
-    made = _artifact(
-        load_recipe(_REFERENCE), source, store, machine, (candidate.manifest.geometry,)
-    )
-    reference = Artifact.open(made.folder)
+    sources = _sources_of(candidate, model, store, machine)
+    size, precise = candidate.manifest.geometry, load_recipe(_REFERENCE)
+    made = [_artifact(precise, source, store, machine, (size,)) for source in sources]
     clips = [
-        store.result(sample, artifact=one, items=suite.items(), n_steps=suite.n_steps, on=machine)
-        for one in (reference, candidate)
+        store.result(
+            sample, artifact=one, items=suite.items(), n_steps=_steps(one, suite), on=machine
+        )
+        for one in (candidate, *(Artifact.open(entry.folder) for entry in made))
     ]
     entry = store.result(
         report,
-        reference=clips[0],
-        candidate=clips[1],
+        reference=clips[-1],
+        candidate=clips[0],
         artifact=candidate,
         suite=suite,
         weights=weights_at_hand(suite.metrics),
+        **({"original": clips[1]} if len(made) > 1 else {}),
     )
     return QualityReport.load(_published(store, entry, out, mark="report.json"))
 
@@ -147,7 +155,8 @@ def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str
     peek = store.peek()
     with suppress(Missing):
         source = _located(model, store)
-        _artifact(recipe, source, peek, Machine(), _clips(source, None))
+        student = _student(recipe.distill, source, peek, Machine())
+        _artifact(recipe, student, peek, Machine(), _clips(source, None))
     return peek.seen
 
 
@@ -202,7 +211,7 @@ def _shown(recipe: Recipe, source: Source, prompts: PromptSet) -> Shown:
         name=prompts.name,
         n=len(prompts.prompts),
         n_held_out=prompts.held_out,
-        n_states=len(prompts.observe),
+        n_states=len(family.sampler(source).observed(prompts.n_steps, prompts.observe)[1]),
         size=size,
         n_tokens=family.tokens(source, size),
         clips=() if clips is None else tuple(file.sha256 or "" for file in clips.files),
@@ -269,10 +278,36 @@ def _ranges(
     }
 
 
-def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
-    """The full-precision model an artifact was made from, checked to be the very same bytes."""
+def _steps(artifact: Artifact, suite: Suite) -> int | None:
+    """Denoising steps of a suite's clips: what it says, or what a student was distilled for."""
+    return None if artifact.manifest.sampler.levels else suite.n_steps
+
+
+def _student(how: Sequence[AnyDistiller], source: Source, store: Store, machine: Machine) -> Source:
+    """What is left of a model's way to its clips after distillation; itself without any."""
+    student, sigmas = source, family_of(source).sampler(source).sigmas()
+    for one in how:
+        lessons = store.result(
+            teach, source=source, prompts=load_prompts(one.prompts), n_clips=one.n_clips,
+            levels=tuple(map(float, one.levels(sigmas))), on=machine,
+        )  # fmt: skip
+        made = store.result(distill, source=student, lessons=lessons, how=one, on=machine)
+        folder = str(made.folder / STUDENT)
+        student = replace(_located(folder, store), model=source.model)
+    return student
+
+
+def _sources_of(
+    artifact: Artifact, model: str | None, store: Store, machine: Machine
+) -> tuple[Source, ...]:
+    """The full-precision model an artifact was made from, checked to be the very same bytes.
+
+    If that is a student, it comes last, after the model that it was distilled from.
+    """
     made_from = artifact.manifest.source
-    source = _located(model or str(made_from["model"]), store)
+    original = _located(model or str(made_from["model"]), store)
+    how = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
+    source = _student(how, original, store, machine)
     wanted = cast(Mapping[str, str], made_from["files"])
     differing = sorted(
         n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n)
@@ -283,4 +318,4 @@ def _source_of(artifact: Artifact, model: str | None, store: Store) -> Source:
             f"{len(differing)} files differ:\n"
             f"{listing(differing)}\ngive the right one with --model"
         )
-    return source
+    return (original, source) if how else (source,)

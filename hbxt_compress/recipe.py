@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Annotated, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from hbxt_compress import library
-from hbxt_compress.algorithms import AnyPreparer, AnyRefiner, AnyRounder
+from hbxt_compress.algorithms import AnyDistiller, AnyPreparer, AnyRefiner, AnyRounder
 from hbxt_compress.errors import RecipeError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
@@ -21,7 +23,7 @@ from hbxt_compress.suite import MetricName
 if TYPE_CHECKING:
     from hbxt_compress.library import Shelf
 
-__all__ = ["FULL_PRECISION", "Acceptance", "Recipe", "Rule", "load_recipe"]
+__all__ = ["FULL_PRECISION", "Acceptance", "Recipe", "Rule", "distillers", "load_recipe"]
 
 FULL_PRECISION: Final = frozenset({"keep", "fp16", "fp32"})
 """what a rule may say without a rounder; keep = 16 bit"""
@@ -103,12 +105,20 @@ class Acceptance(Settings):
         return _on_shelf("eval/suites", suite)
 
 
+class _Distilling(Settings):
+    """The part of a recipe that makes the student."""
+
+    distill: tuple[AnyDistiller, ...] = ()
+
+
 class Recipe(Settings):
     """Rules, how to round, what to calibrate on and what is promised."""
 
     name: Name
     summary: Annotated[str, Field(min_length=1)]
     calibration: str
+    distill: tuple[AnyDistiller, ...] = ()
+    """what makes a student of the model first, in this order; all that follows is done to it"""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     budget: Annotated[str | None, Field(pattern=_BUDGET.pattern, validate_default=True)] = None
     """`4.25 bits` a weight that has a choice of formats, or `5.5 MB` for the whole artifact"""
@@ -179,6 +189,12 @@ class Recipe(Settings):
         if found["unit"] == "bits":
             return int(float(found["amount"]) * n_weights / 8)
         return int(float(found["amount"]) * _BYTES[found["unit"]]) - fixed_bytes
+
+
+def distillers(document: Mapping[str, Any]) -> tuple[AnyDistiller, ...]:
+    """How the student of a recipe is made, from the recipe as JSON that a manifest holds."""
+    text = json.dumps({"distill": document.get("distill", ())})
+    return _Distilling.model_validate_json(text).distill
 
 
 def _on_shelf(shelf: Shelf, name: str) -> str:

@@ -2,25 +2,29 @@
 
 The schedules are those of diffusers' FlowMatchEulerDiscreteScheduler and of its
 UniPCMultistepScheduler with flow sigmas, to the last bit that float32 keeps. Options of theirs that
-no Wan checkpoint uses are refused by name rather than ignored.
+no Wan checkpoint uses are refused by name rather than ignored. A distilled model has noise levels
+of its own instead, and perhaps a solver that was fitted to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, Self, cast
+from itertools import pairwise
+from typing import Literal, Self, cast, get_args
 
 import numpy as np
 
 from hbxt_compress.errors import ArtifactError, SourceError, UsageError, listing
 
-__all__ = ["SamplerSpec", "Solver", "SolverType"]
+__all__ = ["STUDENTS_SAMPLER", "SamplerSpec", "Solver", "SolverType"]
 
-Solver = Literal["euler", "unipc"]
+Solver = Literal["euler", "unipc", "renoise", "fitted"]
 SolverType = Literal["bh1", "bh2"]
 
+STUDENTS_SAMPLER = "sampler.json"
+"""in a distilled model's folder: a SamplerSpec, which goes before its scheduler"""
 _EPS = 1e-6  # UniPC starts at 1 - eps: at sigma 1 the signal's logarithm is infinite
 _A = (0.5, 2.0)  # a correction beyond them mends nothing: the model is broken
 
@@ -62,6 +66,10 @@ class SamplerSpec:
     solver_order, solver_type and disable_corrector (steps without the corrector) are UniPC's.
     corrections: (timestep, a, b) by rising timestep, fitted to a quantized model: the solver takes
     a * v + b * x for the guided velocity v at latents x; none: v itself.
+    levels: noise levels that the steps start at, falling within 0..1; none: solver and shift say.
+    renoise predicts the clean latents at each level and takes them to the next with fresh noise.
+    coefficients, of fitted: step k gives c_0 eps + sum_j c_(j+1) v_j from the initial noise eps and
+    the velocities v_0..v_k so far, so it has k + 2 of them.
     """
 
     solver: Solver
@@ -75,11 +83,13 @@ class SamplerSpec:
     solver_type: SolverType = "bh2"
     disable_corrector: tuple[int, ...] = ()
     corrections: tuple[tuple[float, float, float], ...] = ()
+    levels: tuple[float, ...] = ()
+    coefficients: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
-        if self.solver not in ("euler", "unipc"):
-            problems.append(f"solver {self.solver!r}: must be 'euler' or 'unipc'")
+        if self.solver not in get_args(Solver):
+            problems.append(f"solver {self.solver!r}: must be one of {', '.join(get_args(Solver))}")
         if self.n_steps < 1:
             problems.append(f"n_steps {self.n_steps}: must be at least 1")
         if not (math.isfinite(self.shift) and self.shift > 0):
@@ -98,12 +108,30 @@ class SamplerSpec:
         if self.solver_type not in ("bh1", "bh2"):
             problems.append(f"solver_type {self.solver_type!r}: must be 'bh1' or 'bh2'")
         problems += _correction_problems(self.corrections, self.n_train_timesteps)
+        problems += _level_problems(self)
         if problems:
             raise UsageError(f"the sampler cannot run:\n{listing(problems)}")
 
     def with_steps(self, n_steps: int | None) -> Self:
-        """This spec with another number of steps; itself for None."""
-        return self if n_steps is None else replace(self, n_steps=n_steps)
+        """This spec with another number of steps; itself for None.
+
+        Raises:
+            UsageError: it has levels of its own, and another number of them.
+        """
+        if n_steps is None or n_steps == self.n_steps:
+            return self
+        if self.levels:
+            raise UsageError(
+                f"{n_steps} steps: this model denoises in {self.n_steps}, at the noise levels that "
+                "it was distilled for; leave the number of steps out"
+            )
+        return replace(self, n_steps=n_steps)
+
+    def observed(self, n_steps: int, steps: Sequence[int]) -> tuple[Self, tuple[int, ...]]:
+        """This spec with n_steps, and which of them calibration looks at; with own levels, all."""
+        if self.levels:
+            return self, tuple(range(self.n_steps))
+        return self.with_steps(n_steps), tuple(steps)
 
     def with_guidance(self, guidance: float | None) -> Self:
         """This spec with one guidance for all steps and experts; itself for None.
@@ -136,10 +164,14 @@ class SamplerSpec:
         return float(np.interp(at, timesteps, a)), float(np.interp(at, timesteps, b))
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values; `corrections` only where there are any."""
+        """Plain JSON values; corrections, levels and coefficients only where there are any."""
         document = {**asdict(self), "disable_corrector": list(self.disable_corrector)}
-        corrections = [list(one) for one in document.pop("corrections")]
-        return {**document, "corrections": corrections} if corrections else document
+        fitted: dict[str, list[object]] = {
+            "corrections": [list(one) for one in document.pop("corrections")],
+            "levels": list(document.pop("levels")),
+            "coefficients": [list(one) for one in document.pop("coefficients")],
+        }
+        return document | {key: values for key, values in fitted.items() if values}
 
     @classmethod
     def from_json(cls, document: Mapping[str, object]) -> Self:
@@ -155,9 +187,10 @@ class SamplerSpec:
             values["disable_corrector"] = tuple(
                 cast(list[int], values.get("disable_corrector", ()))
             )
-            values["corrections"] = tuple(
-                tuple(one) for one in cast(list[list[float]], values.get("corrections", ()))
-            )
+            values["levels"] = tuple(cast(list[float], values.get("levels", ())))
+            for key in ("corrections", "coefficients"):
+                rows = cast(list[list[float]], values.get(key, ()))
+                values[key] = tuple(tuple(one) for one in rows)
             return cls(**values)  # type: ignore[arg-type]
         except (TypeError, OverflowError, UsageError) as error:
             raise ArtifactError(f"the sampler is not readable: {error}") from error
@@ -213,12 +246,14 @@ class SamplerSpec:
 
     def timesteps(self) -> np.ndarray:
         """n_steps timesteps as the transformer receives them, float32; whole numbers for UniPC."""
-        if self.solver == "unipc":
+        if self.solver == "unipc" and not self.levels:
             return np.trunc(self._levels() * self.n_train_timesteps).astype(np.float32)
         return np.asarray(self.sigmas()[:-1] * np.float32(self.n_train_timesteps))
 
     def _levels(self) -> np.ndarray:
         """The noise levels without the final 0, float64."""
+        if self.levels:
+            return np.array(self.levels, dtype=np.float64)
         if self.solver == "unipc":
             levels = np.linspace(1, 1 / self.n_train_timesteps, self.n_steps + 1)[:-1]
             levels = _shifted(levels, self.shift)
@@ -251,6 +286,30 @@ def _correction_problems(
         if not _A[0] <= a <= _A[1]:
             problems.append(f"corrections[{i}] a {a}: must lie in {_A[0]}..{_A[1]}")
         before = timestep
+    return problems
+
+
+def _level_problems(spec: SamplerSpec) -> list[str]:
+    """Of levels and coefficients; the solver decides which of them it needs."""
+    problems, n = [], spec.n_steps
+    numbers = all(type(x) in (int, float) for x in spec.levels)
+    falling = numbers and all(a > b for a, b in pairwise((1.0 + _EPS, *spec.levels, 0.0)))
+    if spec.levels and (len(spec.levels) != n or not falling):
+        problems.append(f"levels {spec.levels}: must be {n} numbers that fall from 1 to above 0")
+    if spec.solver in ("renoise", "fitted") and not spec.levels:
+        problems.append(f"solver {spec.solver}: needs the noise levels of its {n} steps")
+    if spec.solver == "unipc" and spec.levels and spec.levels[0] > 1 - _EPS:
+        problems.append(f"levels[0] {spec.levels[0]}: unipc cannot start at a level of 1")
+    if (spec.solver == "fitted") != bool(spec.coefficients):
+        problems.append(f"coefficients: {spec.solver} has {len(spec.coefficients)} rows of them")
+    elif spec.coefficients:
+        wanted = [k + 2 for k in range(n)]
+        if [len(row) for row in spec.coefficients] != wanted:
+            problems.append(f"coefficients: must be {n} rows of {wanted} numbers")
+        elif not all(
+            type(x) in (int, float) and math.isfinite(x) for row in spec.coefficients for x in row
+        ):
+            problems.append("coefficients: must be finite numbers")
     return problems
 
 

@@ -52,6 +52,7 @@ ROWS = (
         "tile",
         "report",
         "trajectories",
+        "lessons",
         "chain",
         "allocation",
     },
@@ -118,8 +119,9 @@ HOMES = {
     "matplotlib": {"render"},
     "PIL": {"render", "clips"},
     "torch": {
-        "algorithms", "chain", "costs", "fit", "formats", "graph", "metrics", "models", "quantized",
-        "ranks", "reference", "stages", "stats", "torchvision_ops", "trajectories", "weights",
+        "algorithms", "chain", "costs", "fit", "formats", "graph", "lessons", "metrics", "models",
+        "quantized", "ranks", "reference", "stages", "stats", "torchvision_ops", "trajectories",
+        "weights",
     },
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Algorithms by phase: prepare (function-preserving rewrites), round, refine (tune the result).
+"""Algorithms by phase: distill, prepare (function-preserving rewrites), round, refine (tune).
 
 To add one: write a file here and a line in its table.
 """
@@ -10,6 +10,7 @@ from typing import ClassVar, Final, Protocol
 
 from torch import Tensor
 
+from hbxt_compress.algorithms.few_steps import FewSteps
 from hbxt_compress.algorithms.gptq import Gptq
 from hbxt_compress.algorithms.hadamard import Hadamard
 from hbxt_compress.algorithms.permute import Permute
@@ -26,11 +27,13 @@ from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.strict import one_of
 
 __all__ = [
+    "DISTILLERS",
     "INPUT_PREPARERS",
     "PAIR_PREPARERS",
     "REFINERS",
     "ROUNDERS",
     "SAMPLER_REFINERS",
+    "AnyDistiller",
     "AnyPreparer",
     "AnyRefiner",
     "AnyRounder",
@@ -87,6 +90,9 @@ class Rounder(Protocol):
     def round(self, weight_OI: Tensor, inputs: LayerInputs | None, fmt: WeightFormat) -> Rounded:
         """The weight in a format; weight_OI: float32. inputs is None only where need is None."""
 
+
+DISTILLERS: Final[Mapping[str, type[FewSteps]]] = {"solver": FewSteps}
+AnyDistiller = one_of(DISTILLERS)
 
 INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {
     "scale": Scale,

@@ -66,10 +66,10 @@ class ShownModel:
         self.chained = [one for one in family.components(source) if one in family.chained]
         self.latent = family.latent_shape(source, shown.size)
         self._forwards = Forwards(family, source, self.latent)
-        spec = family.sampler(source).with_steps(prompts.n_steps)
+        spec, steps = family.sampler(source).observed(prompts.n_steps, prompts.observe)
         every = [float(t) for t in spec.timesteps()]
         self._every = [(spec.second_expert(t), spec.guidance_at(t)) for t in every]
-        self._steps = [self._every[k] for k in prompts.observe]
+        self._steps = [self._every[k] for k in steps]
 
     def passes(self, component: str, n: int = 1) -> Passes:
         """A forward of n prompts or states."""

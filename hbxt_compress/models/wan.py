@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from hbxt_compress.chain import Chain
-from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.errors import ArtifactError, SourceError, listing
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.capture import ComponentGraphs, GraphSpec
 from hbxt_compress.layers import Depth, LayerKind, LayerName, LayerSpec, Pair
 from hbxt_compress.manifest import Bucket
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
-from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.sampler import STUDENTS_SAMPLER, SamplerSpec
 from hbxt_compress.source import Header, Source, read_headers
 from hbxt_compress.tile import Tile
 from hbxt_compress.weights import Weights
@@ -119,6 +119,11 @@ class Wan:
         return int(_generation(source).get("max_sequence_length", 512))
 
     def sampler(self, source: Source) -> SamplerSpec:
+        if STUDENTS_SAMPLER in source.files:
+            try:
+                return SamplerSpec.from_json(source.config(STUDENTS_SAMPLER))
+            except ArtifactError as error:
+                raise SourceError(f"{source.folder / STUDENTS_SAMPLER}: {error}") from None
         chosen = _generation(source)
         guidance = float(chosen.get("guidance_scale", 5.0))
         second = chosen.get("guidance_scale_2")

@@ -25,6 +25,7 @@ from hbxt_compress.heap import give_back
 from hbxt_compress.manifest import Bucket, Manifest
 from hbxt_compress.runtime.decode import decode
 from hbxt_compress.runtime.gpus import find_gpus
+from hbxt_compress.runtime.noise import noise
 from hbxt_compress.runtime.prompt_cache import PromptCache
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.session import Provider, Session, open_session
@@ -32,7 +33,7 @@ from hbxt_compress.runtime.settings import ProviderSettings, settings_for
 from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.sampler import SamplerSpec
 
-__all__ = ["Progress", "Runtime", "noise"]
+__all__ = ["Progress", "Runtime"]
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -283,7 +284,7 @@ class Runtime:
         """The latents after each denoising step, float32 C T H W; arguments as for `generate`."""
         spec = self.manifest.sampler.with_steps(n_steps).with_guidance(guidance)
         x = noise(seed, self.bucket.latent_shape) if latents is None else self._checked(latents)
-        denoiser = Denoiser(spec)
+        denoiser = Denoiser(spec, seed)
         scales = [spec.guidance_at(float(t)) for t in denoiser.timesteps]
         cond = self.encode(prompt)
         uncond = self.encode(negative) if max(scales) > 1 else None
@@ -352,13 +353,6 @@ class Runtime:
                 f"{listing(problems)}\n"
                 "check the artifact with `hbxt verify`, and try the recipe fp16 on the same model"
             )
-
-
-def noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The initial latents of a seed, float32 standard normal; the same on every machine."""
-    if seed < 0:
-        raise UsageError(f"seed {seed}: must be 0 or more")
-    return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
 
 
 @np.errstate(invalid="ignore", over="ignore")  # the health check reports it

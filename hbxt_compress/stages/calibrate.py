@@ -13,16 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.machine import Machine
-from hbxt_compress.models import family_of
 from hbxt_compress.prompts import PromptSet
-from hbxt_compress.runtime.generate import noise
-from hbxt_compress.runtime.scheduler import Denoiser
-from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.source import Source
+from hbxt_compress.stages.full_model import FullModel
 from hbxt_compress.store import Work
 from hbxt_compress.trajectories import Trajectory
 
@@ -39,7 +35,7 @@ def calibrate(work: Work, source: Source, prompts: PromptSet, on: Machine) -> No
     Raises:
         CalibrationError: the model's latents are not finite.
     """
-    model = None
+    teacher: FullModel | None = None
     work.expect(len(prompts.prompts))
     for i, (prompt, seed) in enumerate(prompts.items()):
         if not work.ranks.owns(i):
@@ -49,9 +45,9 @@ def calibrate(work: Work, source: Source, prompts: PromptSet, on: Machine) -> No
         )
 
         def make(path: Path, prompt: str = prompt, seed: int = seed) -> None:
-            nonlocal model
-            model = model or _FullPrecision(source, prompts, torch.device(on.device))
-            model.denoise(prompt, seed).save(path)
+            nonlocal teacher
+            teacher = teacher or FullModel(source, torch.device(on.device))
+            _observed(teacher, prompts, prompt, seed).save(path)
 
         work.piece(f"prompt-{i:03d}.safetensors", make)
     work.ranks.barrier()
@@ -59,61 +55,23 @@ def calibrate(work: Work, source: Source, prompts: PromptSet, on: Machine) -> No
     log.info("calibrate: done", extra={"progress": (done, done, "calibrate")})
 
 
-class _FullPrecision:
-    """The model as it came, without its VAE."""
-
-    def __init__(self, source: Source, prompts: PromptSet, device: torch.device) -> None:
-        family = family_of(source)
-        self.chains = {
-            component: family.chain(source, component, family.load(source, component).to(device))
-            for component in family.components(source)
-            if component in family.chained
-        }
-        self.tokenizer = PromptTokenizer(source.folder / "tokenizer", family.text_length(source))
-        self.sampler = family.sampler(source).with_steps(prompts.n_steps)
-        self.latent_shape = family.latent_shape(source)
-        self.observed = frozenset(prompts.observe)
-        self.device = device
-
-    @torch.no_grad()
-    def denoise(self, prompt: str, seed: int) -> Trajectory:
-        """The states of one prompt's whole trajectory."""
-        tokens = [self._tokens(text) for text in (prompt, "")]
-        texts = torch.cat([self.chains["text_encoder"].whole(*pair) for pair in tokens])
-        spec = self.sampler
-        denoiser, x = Denoiser(spec), noise(seed, self.latent_shape)
-        latents, timesteps, guidances = [], [], []
-        for k, t in enumerate(denoiser.timesteps):
-            guidance = spec.guidance_at(float(t))
-            if k in self.observed:
-                latents.append(torch.from_numpy(x.copy()))
-                timesteps.append(float(t))
-                guidances.append(guidance)
-            expert = "transformer_2" if spec.second_expert(float(t)) else "transformer"
-            n = 1 if guidance == 1.0 else 2
-            v = self._velocities(expert, x, float(t), texts[:n])
-            x = denoiser.step(v[-1] + np.float32(guidance) * (v[0] - v[-1]), x)
-        if not np.isfinite(x).all():
-            raise CalibrationError(
-                f"prompt {prompt!r}: the full-precision model's latents are not finite"
-            )
-        (ids, mask), (none_ids, none_mask) = tokens
-        return Trajectory(
-            latents_KCTHW=torch.stack(latents),
-            timesteps_K=torch.tensor(timesteps),
-            guidance_K=torch.tensor(guidances),
-            ids_1S=ids.cpu(),
-            mask_1S=mask.cpu(),
-            none_ids_1S=none_ids.cpu(),
-            none_mask_1S=none_mask.cpu(),
+def _observed(teacher: FullModel, prompts: PromptSet, prompt: str, seed: int) -> Trajectory:
+    """The states of one prompt's whole trajectory."""
+    spec, steps = teacher.sampler.observed(prompts.n_steps, prompts.observe)
+    texts = teacher.encode([prompt, ""])
+    states = list(teacher.states(spec, [seed], texts[:1], texts[1:]))
+    if not np.isfinite(states[-1].x).all():
+        raise CalibrationError(
+            f"prompt {prompt!r}: the full-precision model's latents are not finite"
         )
-
-    def _tokens(self, text: str) -> tuple[Tensor, Tensor]:
-        ids, mask = (torch.from_numpy(a).to(self.device) for a in self.tokenizer(text))
-        return ids, mask
-
-    def _velocities(self, expert: str, x: np.ndarray, t: float, texts: Tensor) -> np.ndarray:
-        """B C T H W, one for each text."""
-        latents = torch.from_numpy(x).to(self.device).expand(len(texts), *x.shape)
-        timestep = torch.full((len(texts),), t, device=self.device)
-        return self.chains[expert].whole(latents, timestep, texts).float().cpu().numpy()
+    seen = [states[k] for k in steps]
+    (ids, mask), (none_ids, none_mask) = (teacher.tokens(text) for text in (prompt, ""))
+    return Trajectory(
+        latents_KCTHW=torch.from_numpy(np.concatenate([one.x for one in seen])),
+        timesteps_K=torch.tensor([one.timestep for one in seen]),
+        guidance_K=torch.tensor([one.guidance for one in seen]),
+        ids_1S=ids.cpu(),
+        mask_1S=mask.cpu(),
+        none_ids_1S=none_ids.cpu(),
+        none_mask_1S=none_mask.cpu(),
+    )

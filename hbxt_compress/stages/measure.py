@@ -46,12 +46,16 @@ def measure(
     suite: Mapping[str, object],
     metrics: Sequence[str],
     limits: Mapping[str, float],
+    original: ClipSet | None = None,
     files: WeightFiles | None = None,
     seed: int = 0,
 ) -> QualityReport:
     """The report on candidate clips; also report.json, .md, .html and clips/*.mp4 in `folder`.
 
     metrics and limits name entries of METRICS; a limit's metric is measured even if not listed.
+    original: of a student, clips of the model that it was distilled from, prompt for prompt. What
+    can be compared though it is another map from noise to clips is measured to these, too, under
+    names that end in .to_original.
 
     Raises:
         UsageError: unknown metrics, or sides that differ in number, prompts, seeds, rate or shape.
@@ -60,7 +64,8 @@ def measure(
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise UsageError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(METRICS)}")
-    _refuse_mismatch(reference.clips, candidate.clips)
+    for side in (reference, *([] if original is None else [original])):
+        _refuse_mismatch(side.clips, candidate.clips)
     sides = _Sides(reference.clips, candidate.clips, seed)
     records = tuple(_record(i, *pair) for i, pair in enumerate(sides.pairs()))
     sick = [
@@ -72,7 +77,14 @@ def measure(
     measured: dict[str, list[Measurement]] = {}
     for k, name in enumerate(names):
         began = time.monotonic()
-        measured[name] = _measured(name, sides, files or WeightFiles.from_environment(), len(sick))
+        weights = files or WeightFiles.from_environment()
+        measured[name] = _measured(name, sides, weights, len(sick))
+        if original is not None and METRICS[name].family == "distribution":
+            other = replace(sides, reference=original.clips)
+            measured[name] += [
+                replace(one, metric=_to_original(one.metric))
+                for one in _measured(name, other, weights, len(sick))
+            ]
         log.info("measure: %s, %d of %d, %.1f s", name, k + 1, len(names), time.monotonic() - began)
     verdicts = _verdicts(measured, limits, sick)
     values = tuple(one for found in measured.values() for one in found)
@@ -111,6 +123,12 @@ class _Sides:
 
     def pairs(self) -> list[tuple[Clip, Clip]]:
         return list(zip(self.reference, self.candidate, strict=True))
+
+
+def _to_original(metric: str) -> str:
+    """The name of a metric to the original's clips; an extractor in brackets stays behind it."""
+    name, bracket, extractor = metric.partition("[")
+    return f"{name}.to_original{bracket}{extractor}"
 
 
 def _refuse_mismatch(reference: Sequence[Clip], candidate: Sequence[Clip]) -> None:

@@ -25,7 +25,7 @@ from hbxt_compress.geometry import Geometry
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.prompts import ClipFile, Clips, PromptSet, seed_of
-from hbxt_compress.runtime.generate import noise
+from hbxt_compress.runtime.noise import noise
 from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.source import Source
 from hbxt_compress.store import Work
@@ -127,8 +127,9 @@ class _Noised:
         self.family, self.source, self.device = family, source, device
         self.vae = family.load(source, _ENCODER).to(device)
         self.tokenizer = PromptTokenizer(source.folder / "tokenizer", family.text_length(source))
-        self.spec = family.sampler(source).with_steps(prompts.n_steps)
-        self.observed, self.seed = prompts.observe, prompts.seed
+        sampler = family.sampler(source)
+        self.spec, self.observed = sampler.observed(prompts.n_steps, prompts.observe)
+        self.seed = prompts.seed
 
     def states(self, clip: ClipFile, frames_1CTHW: Tensor) -> Trajectory:
         """One clip at every observed noise level, with noise of its own at each."""

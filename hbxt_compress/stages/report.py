@@ -26,15 +26,17 @@ def report(
     artifact: Artifact,
     suite: Suite,
     weights: Mapping[str, str],
+    original: Entry | None = None,
 ) -> None:
     """Writes report.json, .md, .html, clips and clips.png (a reference row, then its candidate's).
 
     weights: what `weights_at_hand` said, so that a metric is measured again once its weights are.
-    Rank 0 does it alone.
+    original: of a student, the clips of the model that it was distilled from. Rank 0 does it alone.
     """
     if not work.ranks.leads:
         return
     accept = cast(Mapping[str, Any], artifact.manifest.recipe["document"])["accept"]
+    own = artifact.manifest.sampler.n_steps if artifact.manifest.sampler.levels else None
     sides = ClipSet.load(reference.folder), ClipSet.load(candidate.folder)
     pairs = zip(*(side.clips[:_IN_PICTURE] for side in sides), strict=True)
     contact_sheet(work.folder / "clips.png", [clip.frames for pair in pairs for clip in pair])
@@ -45,11 +47,12 @@ def report(
         suite={
             "name": suite.name,
             "digest": suite.digest,
-            "n_steps": suite.n_steps,
+            "n_steps": suite.n_steps if own is None else own,
             "seed": suite.seed,
         },
         metrics=suite.metrics,
         limits=accept["limits"] if accept["suite"] == suite.name else {},
+        original=None if original is None else ClipSet.load(original.folder),
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hbxt_compress.models import family_of
 from hbxt_compress.prompts import load_prompts
-from hbxt_compress.runtime.generate import noise
+from hbxt_compress.runtime.noise import noise
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.runtime.text import PromptTokenizer
 from hbxt_compress.sampler import SamplerSpec

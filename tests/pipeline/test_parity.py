@@ -16,7 +16,8 @@ from hbxt_compress.metrics.judge import expected, judge
 from hbxt_compress.models import family_of
 from hbxt_compress.prompts import PromptSet
 from hbxt_compress.recipe import load_recipe
-from hbxt_compress.runtime.generate import Runtime, noise
+from hbxt_compress.runtime.generate import Runtime
+from hbxt_compress.runtime.noise import noise
 from hbxt_compress.runtime.session import open_session
 from hbxt_compress.source import BUILTIN, locate
 from hbxt_compress.stages.calibrate import calibrate

@@ -20,7 +20,7 @@ from hbxt_compress.geometry import Geometry
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.prompts import PromptSet, load_prompts, seed_of
-from hbxt_compress.runtime.generate import noise
+from hbxt_compress.runtime.noise import noise
 from hbxt_compress.stages.calibrate import calibrate
 from hbxt_compress.stages.noise_clips import noise_clips
 from hbxt_compress.stages.probe import probe

@@ -231,3 +231,68 @@ def test_bad_value_in_config_is_a_source_error():
     config = {"_class_name": "UniPCMultistepScheduler", **FLOW, "flow_shift": 0.0}
     with pytest.raises(SourceError, match=r"shift 0\.0"):
         from_config(config)
+
+
+LEVELS = (1.0, 0.9375, 0.8333, 0.625)
+
+
+def student(**changes: object) -> SamplerSpec:
+    return spec(**{"solver": "renoise", "n_steps": 4, "levels": LEVELS, "guidance": 1.0, **changes})
+
+
+def test_levels_of_a_students_own_are_its_schedule() -> None:
+    own = student()
+    np.testing.assert_array_equal(own.sigmas(), np.array([*LEVELS, 0], np.float32))
+    np.testing.assert_allclose(own.timesteps(), [1000, 937.5, 833.3, 625])
+
+
+def test_a_student_takes_no_other_number_of_steps() -> None:
+    own = student()
+    assert own.with_steps(None) is own.with_steps(4) is own
+    with pytest.raises(UsageError, match=r"50 steps: this model denoises in 4.*leave"):
+        own.with_steps(50)
+
+
+def test_calibration_looks_at_all_steps_of_a_student_and_at_some_of_others() -> None:
+    assert student().observed(20, (0, 7)) == (student(), (0, 1, 2, 3))
+    assert spec().observed(20, (0, 7)) == (spec(n_steps=20), (0, 7))
+
+
+def test_students_survive_json() -> None:
+    rows = ((1.0, -0.1), (1.0, -0.1, 0.25))
+    fitted = student(solver="fitted", n_steps=2, levels=(1.0, 0.5), coefficients=rows)
+    for one in (student(), fitted):
+        assert SamplerSpec.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert "levels" not in spec().to_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"levels": ()}, "needs the noise levels of its 4 steps"),
+        ({"levels": LEVELS[:3]}, "must be 4 numbers that fall"),
+        ({"levels": LEVELS[::-1]}, "must be 4 numbers that fall"),
+        ({"levels": (1.0, 0.5, 0.5, 0.2)}, "must be 4 numbers that fall"),
+        ({"levels": (1.0, 0.5, 0.2, 0.0)}, "must be 4 numbers that fall"),
+        ({"levels": (1.2, 0.5, 0.2, 0.1)}, "must be 4 numbers that fall"),
+        ({"levels": (1.0, 0.5, float("nan"), 0.1)}, "must be 4 numbers that fall"),
+        ({"levels": ("1", 0.5, 0.2, 0.1)}, "must be 4 numbers that fall"),
+        ({"solver": "unipc"}, "unipc cannot start at a level of 1"),
+        ({"solver": "fitted"}, "coefficients: fitted has 0 rows"),
+        ({"coefficients": ((1.0, 1.0),)}, "coefficients: renoise has 1 rows"),
+        ({"solver": "fitted", "coefficients": ((1.0, 1.0),)}, r"4 rows of \[2, 3, 4, 5\] numbers"),
+        (
+            {
+                "solver": "fitted",
+                "n_steps": 1,
+                "levels": (1.0,),
+                "coefficients": ((1.0, np.inf),),
+            },
+            "must be finite",
+        ),
+        ({"solver": "heun"}, "must be one of euler, unipc, renoise, fitted"),
+    ],
+)
+def test_students_that_cannot_run_are_refused(changes: dict, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        student(**changes)

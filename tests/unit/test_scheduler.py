@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from hbxt_compress.errors import UsageError
+from hbxt_compress.runtime.noise import noise
 from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.torchvision_ops import mend_torchvision
@@ -146,3 +148,62 @@ def test_a_step_too_many_is_refused():
     denoiser.step(x, x)
     with pytest.raises(UsageError, match="all 1 steps are done"):
         denoiser.step(x, x)
+
+
+def test_renoise_is_diffusers_stochastic_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the levels of Hummingbird-XT, with this project's noise in place of torch's."""
+    levels = (1.0, 0.9677, 0.9091)
+    of = replace(spec("euler", 3, 1.0), solver="renoise", levels=levels)
+    ours, n_drawn = Denoiser(of, seed=5), 0
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=list(levels))
+    scheduler.set_begin_index(0)
+
+    def drawn(shape: tuple[int, ...], **_: object) -> torch.Tensor:
+        nonlocal n_drawn
+        n_drawn += 1
+        return torch.from_numpy(noise(5, tuple(shape), n_drawn))
+
+    module = importlib.import_module(FlowMatchEulerDiscreteScheduler.__module__)
+    monkeypatch.setattr(module, "randn_tensor", drawn)
+    x = y = noise(5, SHAPE)
+    for i, timestep in enumerate(scheduler.timesteps):
+        assert float(ours.timesteps[i]) == pytest.approx(float(timestep), rel=1e-6)
+        x = ours.step(random_velocity(x, i), x)
+        v, state = torch.from_numpy(random_velocity(y, i)), torch.from_numpy(y)
+        y = scheduler.step(v, timestep, state).prev_sample.numpy()
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_renoise_draws_from_its_seed_and_never_the_initial_noise_again() -> None:
+    of = replace(spec("euler", 2, 1.0), solver="renoise", levels=(1.0, 0.5))
+    start, still = noise(3, SHAPE), np.zeros(SHAPE, np.float32)
+    first, again, other = (Denoiser(of, seed=s).step(still, start) for s in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    fresh = (first - 0.5 * start) / 0.5
+    assert abs(np.corrcoef(fresh.ravel(), start.ravel())[0, 1]) < 0.3
+    assert fresh.std() == pytest.approx(1, abs=0.15)
+
+
+def test_fitted_combines_noise_and_velocities_as_told() -> None:
+    rows = ((0.9, -0.2), (0.8, 0.1, -0.3), (0.7, 0.2, -0.1, -0.4))
+    of = replace(spec("euler", 3, 1.0), solver="fitted", levels=(1.0, 0.6, 0.2), coefficients=rows)
+    ours, start = Denoiser(of), noise(0, SHAPE)
+    x, v = start, [random_velocity(start, i) for i in range(3)]
+    for k, row in enumerate(rows):
+        x = ours.step(v[k], x)
+        wanted = row[0] * start + sum(c * one for c, one in zip(row[1:], v, strict=False))
+        np.testing.assert_allclose(x, wanted, atol=1e-6)
+
+
+def test_fitted_with_eulers_coefficients_is_euler() -> None:
+    levels, ends = (1.0, 0.6, 0.2), (0.6, 0.2, 0.0)
+    steps = [b - a for a, b in zip(levels, ends, strict=True)]
+    rows = tuple((1.0, *steps[: k + 1]) for k in range(3))
+    euler = replace(spec("euler", 3, 1.0), levels=levels)
+    one, other = Denoiser(replace(euler, solver="fitted", coefficients=rows)), Denoiser(euler)
+    x = y = noise(0, SHAPE)
+    for i in range(3):
+        x, y = one.step(random_velocity(x, i), x), other.step(random_velocity(y, i), y)
+        np.testing.assert_allclose(x, y, atol=1e-6)

@@ -1,0 +1,198 @@
+"""Few steps: noise levels and coefficients by which a model needs fewer of them; no weight changes.
+
+Step k of the fitted solver gives c_0 eps + sum_j c_(j+1) v_j, linear in the initial noise and in
+all velocities so far (the family of bespoke non-stationary solvers, Shaul et al. 2024, arXiv
+2403.01329). Its coefficients are least squares on the states that the teacher passes at the next
+level, over the solver's own states, with a ridge towards Euler's step:
+
+    min sum_n ||B_n c - x_n||^2 + ridge * sum_i (c_i - e_i)^2 ||B_i||^2
+
+Levels are some of the teacher's: first those of the shortest path under the error of one Euler step
+between two of them, then moved one by one while clips that were not fitted to come nearer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hbxt_compress.sampler import SamplerSpec
+from hbxt_compress.strict import Settings
+
+__all__ = ["FewSteps", "Fit", "Path", "fit_coefficients", "shortest_path"]
+
+Velocity = Callable[[Tensor, float, Tensor], Tensor]
+Say = Callable[[str], None]
+_N_ON_PATH = 16  # clips that the first guess looks at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """How a teacher took some clips from noise to clean latents.
+
+    states_NKCTHW: float32 at the falling levels_K, whose last is 0. text_NLD: of the prompts.
+    """
+
+    states_NKCTHW: Tensor
+    levels_K: Tensor
+    text_NLD: Tensor
+
+    def rows(self, chosen: slice) -> Path:
+        return replace(
+            self, states_NKCTHW=self.states_NKCTHW[chosen], text_NLD=self.text_NLD[chosen]
+        )
+
+    def __len__(self) -> int:
+        return len(self.text_NLD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """coefficients: of step k, k + 2 of them. errors: relative squared ones of the clean latents,
+    on the clips fitted to and on the others. energy: of the others' latents over the teacher's.
+    """
+
+    coefficients: tuple[tuple[float, ...], ...]
+    errors: tuple[float, float]
+    energy: float
+
+
+class FewSteps(Settings):
+    """Refits the sampler to a smaller number of steps."""
+
+    VERSION: ClassVar[int] = 1
+
+    n_steps: Annotated[int, Field(ge=1, le=50)] = 8
+    n_clips: Annotated[int, Field(ge=8)] = 96
+    """clips that the teacher makes for it; the last third judges only"""
+    prompts: str = "standard"
+    """the prompt set that they are made of"""
+    ridge: Annotated[float, Field(ge=0)] = 1.0e-6
+    """pull towards Euler's step, relative to each basis vector's energy"""
+
+    def levels(self, sigmas: Sequence[float]) -> Sequence[float]:
+        """Noise levels at which the teacher's states are needed: all that it has."""
+        return sigmas
+
+    def fit(
+        self, velocity: Velocity, path: Path, sampler: SamplerSpec, say: Say
+    ) -> tuple[SamplerSpec, Fit]:
+        """The sampler with its new levels, and how well it does on the last third of the clips.
+
+        velocity(x, level, text): guided, of the model that is to need fewer steps.
+        """
+        n_judged = len(path) // 3
+        n_learnt = len(path) - n_judged
+        learnt, judged = path.rows(slice(n_learnt)), path.rows(slice(n_learnt, None))
+        n_tried = max(1, n_learnt // 4)
+        tried = learnt.rows(slice(n_learnt - n_tried)), learnt.rows(slice(n_learnt - n_tried, None))
+
+        def error(steps: Sequence[int]) -> float:
+            return fit_coefficients(velocity, *tried, steps, self.ridge).errors[1]
+
+        steps = shortest_path(velocity, learnt.rows(slice(_N_ON_PATH)), self.n_steps)
+        steps = _moved(steps, len(path.levels_K) - 1, error, say)
+        found = fit_coefficients(velocity, learnt, judged, steps, self.ridge)
+        fitted = replace(
+            sampler,
+            solver="fitted",
+            n_steps=self.n_steps,
+            levels=tuple(float(path.levels_K[k]) for k in steps),
+            coefficients=found.coefficients,
+            corrections=(),
+        )
+        return fitted, found
+
+
+def fit_coefficients(
+    velocity: Velocity, learnt: Path, judged: Path, steps: Sequence[int], ridge: float
+) -> Fit:
+    """The coefficients for steps that start at these of the teacher's levels, the first at 0."""
+    levels = [float(learnt.levels_K[k]) for k in steps]
+    ends = [*steps[1:], len(learnt.levels_K) - 1]
+    bases = [[one.states_NKCTHW[:, 0]] for one in (learnt, judged)]
+    states = [basis[0] for basis in bases]
+    euler, rows = torch.ones(1, dtype=torch.float64), []
+    for level, end in zip(levels, ends, strict=True):
+        for basis, x, one in zip(bases, states, (learnt, judged), strict=True):
+            basis.append(velocity(x, level, one.text_NLD))
+        step = float(learnt.levels_K[end]) - level
+        euler = torch.cat([euler, torch.tensor([step], dtype=torch.float64)])
+        row = _least_squares(bases[0], learnt.states_NKCTHW[:, end], euler, ridge)
+        rows.append(tuple(row.tolist()))
+        states = [
+            sum((c * b for c, b in zip(row.float(), basis, strict=True)), torch.zeros(()))
+            for basis in bases
+        ]
+    ends_of = [one.states_NKCTHW[:, -1] for one in (learnt, judged)]
+    errors = [_energy(x - end) / _energy(end) for x, end in zip(states, ends_of, strict=True)]
+    return Fit(
+        coefficients=tuple(rows),
+        errors=(errors[0], errors[1]),
+        energy=_energy(states[1]) / _energy(ends_of[1]),
+    )
+
+
+def shortest_path(velocity: Velocity, path: Path, n_steps: int) -> tuple[int, ...]:
+    """Which levels n_steps start at, so that the errors of Euler's steps sum to the least."""
+    states, levels = path.states_NKCTHW, path.levels_K
+    last = len(levels) - 1
+    if n_steps > last:
+        raise ValueError(f"{n_steps} steps: the teacher takes {last}")
+    cost = torch.full((last + 1, last + 1), math.inf, dtype=torch.float64)
+    for i in range(last):
+        v = velocity(states[:, i], float(levels[i]), path.text_NLD)
+        for j in range(i + 1, last + 1):
+            reached = states[:, i] + (levels[j] - levels[i]) * v
+            cost[i, j] = math.sqrt(_energy(reached - states[:, j]))
+    best = torch.full((n_steps + 1, last + 1), math.inf, dtype=torch.float64)
+    came = torch.zeros(n_steps + 1, last + 1, dtype=torch.long)
+    best[0, 0] = 0.0
+    for n in range(1, n_steps + 1):
+        best[n], came[n] = (best[n - 1].unsqueeze(1) + cost).min(0)
+    steps, at = [], last
+    for n in range(n_steps, 0, -1):
+        at = int(came[n, at])
+        steps.append(at)
+    return tuple(reversed(steps))
+
+
+def _moved(
+    steps: tuple[int, ...], last: int, error: Callable[[Sequence[int]], float], say: Say
+) -> tuple[int, ...]:
+    """The steps moved along the teacher's levels as long as that helps; the first one stays."""
+    least, n_tried = error(steps), 0
+    for far in (max(1, last // 16), 1):
+        better = True
+        while better:
+            better = False
+            for k in range(1, len(steps)):
+                for move in (-far, far):
+                    moved = (*steps[:k], steps[k] + move, *steps[k + 1 :])
+                    if list(moved) != sorted({*moved}) or moved[-1] >= last:
+                        continue
+                    now, n_tried = error(moved), n_tried + 1
+                    if now < least:
+                        steps, least, better = moved, now, True
+                say(f"{n_tried} sets of levels tried, error {10 * math.log10(least):.2f} dB")
+    return steps
+
+
+def _least_squares(
+    basis: Sequence[Tensor], wanted: Tensor, towards: Tensor, ridge: float
+) -> Tensor:
+    """The coefficients, float64, of a combination of tensors that comes nearest to one."""
+    rows = torch.stack([one.double().flatten() for one in basis])
+    gram = rows @ rows.T
+    right = rows @ wanted.double().flatten() - gram @ towards
+    return towards + torch.linalg.solve(gram + ridge * torch.diag(gram.diagonal()), right)
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.double().square().sum())
