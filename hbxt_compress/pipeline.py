@@ -291,7 +291,9 @@ def _student(how: Sequence[AnyDistiller], source: Source, store: Store, machine:
             teach, source=source, prompts=load_prompts(one.prompts), n_clips=one.n_clips,
             levels=tuple(map(float, one.levels(sigmas))), on=machine,
         )  # fmt: skip
-        made = store.result(distill, source=student, lessons=lessons, how=one, on=machine)
+        made = store.result(
+            distill, source=student, teacher=source, lessons=lessons, how=one, on=machine
+        )
         folder = str(made.folder / STUDENT)
         student = replace(_located(folder, store), model=source.model)
     return student

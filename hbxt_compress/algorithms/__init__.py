@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hbxt_compress.algorithms.few_steps import FewSteps
 from hbxt_compress.algorithms.gptq import Gptq
+from hbxt_compress.algorithms.guidance import Guidance
 from hbxt_compress.algorithms.hadamard import Hadamard
 from hbxt_compress.algorithms.permute import Permute
+from hbxt_compress.algorithms.pupil import Distilled, Pupil
 from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.algorithms.rotate import Rotate
 from hbxt_compress.algorithms.rounded import Rounded
@@ -21,8 +23,10 @@ from hbxt_compress.algorithms.rtn import Rtn
 from hbxt_compress.algorithms.scale import Scale
 from hbxt_compress.algorithms.smooth_quant import SmoothQuant
 from hbxt_compress.algorithms.solver import SolverRefit
+from hbxt_compress.algorithms.training import Watch
 from hbxt_compress.algorithms.transform import Mixing, Transform
 from hbxt_compress.formats import WeightFormat
+from hbxt_compress.lessons import Lessons
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.strict import one_of
 
@@ -37,10 +41,34 @@ __all__ = [
     "AnyPreparer",
     "AnyRefiner",
     "AnyRounder",
+    "Distiller",
     "InputPreparer",
     "PairPreparer",
     "Rounder",
 ]
+
+
+class Distiller(Protocol):
+    """Makes a student of a model."""
+
+    VERSION: ClassVar[int]  # bump when results change
+
+    @property
+    def prompts(self) -> str:
+        """The prompt set that its lessons are made of."""
+
+    @property
+    def n_clips(self) -> int:
+        """How many clips the teacher makes for it."""
+
+    def levels(self, sigmas: Sequence[float]) -> Sequence[float]:
+        """Noise levels at which it wants the teacher's states, of a sampler with these."""
+
+    def n_velocities(self, n_levels: int) -> int:
+        """About how many states the model answers meanwhile; n_levels: the teacher's steps."""
+
+    def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
+        """The student; ValueError if it cannot be made of this model."""
 
 
 class InputPreparer(Protocol):
@@ -91,7 +119,7 @@ class Rounder(Protocol):
         """The weight in a format; weight_OI: float32. inputs is None only where need is None."""
 
 
-DISTILLERS: Final[Mapping[str, type[FewSteps]]] = {"solver": FewSteps}
+DISTILLERS: Final[Mapping[str, type[Distiller]]] = {"guidance": Guidance, "solver": FewSteps}
 AnyDistiller = one_of(DISTILLERS)
 
 INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {

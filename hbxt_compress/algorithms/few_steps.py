@@ -8,7 +8,8 @@ level, over the solver's own states, with a ridge towards Euler's step:
     min sum_n ||B_n c - x_n||^2 + ridge * sum_i (c_i - e_i)^2 ||B_i||^2
 
 Levels are some of the teacher's: first those of the shortest path under the error of one Euler step
-between two of them, then moved one by one while clips that were not fitted to come nearer.
+between two of them, or the sampler's own for so few steps, whichever is better; then moved one by
+one while clips that were not fitted to come nearer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hbxt_compress.algorithms.pupil import Distilled, Pupil
+from hbxt_compress.algorithms.training import Watch
+from hbxt_compress.lessons import Lessons
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.strict import Settings
 
@@ -30,6 +34,7 @@ __all__ = ["FewSteps", "Fit", "Path", "fit_coefficients", "shortest_path"]
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
 Say = Callable[[str], None]
 _N_ON_PATH = 16  # clips that the first guess looks at
+_ROUNDS = 4  # of the search over all levels, as a rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +85,44 @@ class FewSteps(Settings):
         """Noise levels at which the teacher's states are needed: all that it has."""
         return sigmas
 
+    def n_velocities(self, n_levels: int) -> int:
+        """About how many states the model answers; how long the search goes on is not known."""
+        n_learnt = self.n_clips - self.n_clips // 3
+        n_sets = 2 + _ROUNDS * 2 * (self.n_steps - 1)
+        return n_levels * _N_ON_PATH + self.n_steps * (n_sets * n_learnt + self.n_clips)
+
+    def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
+        """The sampler with its new levels and coefficients; see `fit`.
+
+        Raises:
+            ValueError: the teacher itself took fewer steps, or the fit is not finite.
+        """
+        rows, levels = range(len(lessons)), range(len(lessons.levels_K))
+        states = [lessons.states(rows, [k] * len(rows)) for k in levels]
+        path = Path(
+            states_NKCTHW=torch.stack(states, dim=1),
+            levels_K=lessons.levels_K,
+            text_NLD=lessons.text(rows),
+        )
+        sampler, found = self.fit(pupil.velocity, path, pupil.sampler, watch.say)
+        if not all(math.isfinite(one) for one in (*found.errors, found.energy)):
+            raise ValueError("the fitted solver's latents are not finite")
+        measured = {
+            "error_db": 10 * math.log10(found.errors[0]),
+            "held_out_error_db": 10 * math.log10(found.errors[1]),
+            "energy": found.energy,
+        }
+        return Distilled(sampler=sampler, measured=measured, weights={})
+
     def fit(
         self, velocity: Velocity, path: Path, sampler: SamplerSpec, say: Say
     ) -> tuple[SamplerSpec, Fit]:
         """The sampler with its new levels, and how well it does on the last third of the clips.
 
         velocity(x, level, text): guided, of the model that is to need fewer steps.
+
+        Raises:
+            ValueError: the teacher itself took fewer.
         """
         n_judged = len(path) // 3
         n_learnt = len(path) - n_judged
@@ -96,7 +133,12 @@ class FewSteps(Settings):
         def error(steps: Sequence[int]) -> float:
             return fit_coefficients(velocity, *tried, steps, self.ridge).errors[1]
 
-        steps = shortest_path(velocity, learnt.rows(slice(_N_ON_PATH)), self.n_steps)
+        own = replace(sampler, solver="euler", n_steps=self.n_steps, levels=(), coefficients=())
+        starts = (
+            shortest_path(velocity, learnt.rows(slice(_N_ON_PATH)), self.n_steps),
+            _nearest(path.levels_K, own.sigmas()[:-1].tolist()),
+        )
+        steps = min(starts, key=error)
         steps = _moved(steps, len(path.levels_K) - 1, error, say)
         found = fit_coefficients(velocity, learnt, judged, steps, self.ridge)
         fitted = replace(
@@ -144,7 +186,7 @@ def shortest_path(velocity: Velocity, path: Path, n_steps: int) -> tuple[int, ..
     states, levels = path.states_NKCTHW, path.levels_K
     last = len(levels) - 1
     if n_steps > last:
-        raise ValueError(f"{n_steps} steps: the teacher takes {last}")
+        raise ValueError(f"{n_steps} steps: the model itself takes {last}")
     cost = torch.full((last + 1, last + 1), math.inf, dtype=torch.float64)
     for i in range(last):
         v = velocity(states[:, i], float(levels[i]), path.text_NLD)
@@ -161,6 +203,16 @@ def shortest_path(velocity: Velocity, path: Path, n_steps: int) -> tuple[int, ..
         at = int(came[n, at])
         steps.append(at)
     return tuple(reversed(steps))
+
+
+def _nearest(levels_K: Tensor, wanted: Sequence[float]) -> tuple[int, ...]:
+    """The levels nearest to falling ones, all of them different, the first at 0."""
+    last, found = len(levels_K) - 1, list[int]()
+    for k, level in enumerate(wanted):
+        nearest = int((levels_K[:-1] - level).abs().argmin()) if k else 0
+        least = found[-1] + 1 if found else 0
+        found.append(min(max(nearest, least), last - (len(wanted) - k)))
+    return tuple(found)
 
 
 def _moved(

@@ -8,6 +8,7 @@ that is not finite stops the run before it touches a weight, and the batch is sa
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Literal, Protocol
@@ -44,9 +45,13 @@ class Training(Settings):
     """judgements without a better one after which it stops"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """Products in the training's precision."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+    @contextmanager
+    def autocast(self, device: torch.device) -> Iterator[None]:
+        """Meanwhile products are in the training's precision."""
+        lower = self.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=lower), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mismatch dtype")  # norms stay exact, that is meant
+            yield
 
 
 class Watch(Protocol):
@@ -55,6 +60,8 @@ class Watch(Protocol):
     def step(self, done: int, total: int, values: Mapping[str, float]) -> None: ...
 
     def judged(self, done: int, score: float) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
     def save(self, name: str, state: Mapping[str, Tensor]) -> None: ...
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hbxt_compress.costs.counting import count
+from hbxt_compress.costs.distilling import distilling_costs
 from hbxt_compress.costs.probing import probe_cost
 from hbxt_compress.costs.ranging import ranges_cost
 from hbxt_compress.costs.shown import Forwards, ShownModel, whole
@@ -145,6 +146,7 @@ def stage_costs(
     """
     family = family_of(source)
     costs = [read_cost(source, os.cpu_count() or 1, known_bytes)]
+    costs += distilling_costs(family, source, recipe.distill)
     model = None
     learnt = (0, 0)
     if prompts is not None and plan.shown is not None:

@@ -75,19 +75,22 @@ class FullModel:
     def velocity(
         self,
         x_NCTHW: Tensor,
-        timestep: float,
+        timestep: float | Tensor,
         guidance: float,
         text_NLD: Tensor,
         none_1LD: Tensor,
         spec: SamplerSpec | None = None,
     ) -> Tensor:
-        """The guided velocity, float32 N C T H W: v_none + guidance (v_text - v_none)."""
-        spec = spec or self.sampler
-        expert = "transformer_2" if spec.second_expert(timestep) else "transformer"
+        """The guided velocity, float32 N C T H W: v_none + guidance (v_text - v_none).
+
+        timestep: of all, or N of them, which one expert must serve.
+        """
+        spec, t_N = spec or self.sampler, torch.as_tensor(timestep).expand(len(x_NCTHW))
+        expert = "transformer_2" if spec.second_expert(float(t_N[0])) else "transformer"
         n = len(x_NCTHW)
         sides = [text_NLD] if guidance == 1 else [text_NLD, none_1LD.expand(n, -1, -1)]
         latents = torch.cat([x_NCTHW.to(self.device)] * len(sides))
-        t = torch.full((len(latents),), timestep, device=self.device)
+        t = torch.cat([t_N.to(self.device, torch.float32)] * len(sides))
         v = self.chains[expert].whole(latents, t, torch.cat(sides).to(self.device)).float()
         none = v[-n:]
         return none + guidance * (v[:n] - none)

@@ -21,11 +21,11 @@ from hbxt_compress.source import Source
 from hbxt_compress.stages.full_model import FullModel
 from hbxt_compress.store import Work
 
-__all__ = ["FACTS", "VERSION", "nearest_steps", "teach"]
+__all__ = ["AT_ONCE", "FACTS", "VERSION", "nearest_steps", "teach"]
 
 VERSION = 1
 FACTS = ("torch", "diffusers", "transformers")
-_AT_ONCE = 32
+AT_ONCE = 32
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ def teach(
     """
     teacher: FullModel | None = None
     items = _items(prompts, n_clips)
-    chunks = [items[i : i + _AT_ONCE] for i in range(0, n_clips, _AT_ONCE)]
+    chunks = [items[i : i + AT_ONCE] for i in range(0, n_clips, AT_ONCE)]
     work.expect(len(chunks))
     for i, chunk in enumerate(chunks):
         if not work.ranks.owns(i):

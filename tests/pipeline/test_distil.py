@@ -11,7 +11,7 @@ import pytest
 
 from hbxt_compress import pipeline
 from hbxt_compress.artifact import Artifact
-from hbxt_compress.errors import SourceError, UsageError
+from hbxt_compress.errors import CalibrationError, SourceError, UsageError
 from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.runtime.generate import Runtime
@@ -112,3 +112,12 @@ def test_a_student_with_a_broken_sampler_is_refused(
     (folder / "sampler.json").write_text('{"solver": "fitted", "n_steps": 2}')
     with pytest.raises(SourceError, match=r"sampler\.json.*(\n.*)*shift: missing"):
         pipeline.plan(recipe, str(folder), Store(tmp_path / "s"), machine=Machine())
+
+
+def test_more_steps_than_the_model_takes_are_refused(
+    recipe: Recipe, micro_wan: Path, store: Store
+) -> None:
+    many = recipe.distill[0].model_copy(update={"n_steps": 9})
+    asked = recipe.model_copy(update={"distill": (many,)})
+    with pytest.raises(CalibrationError, match="9 steps: the model itself takes 3; ask for fewer"):
+        pipeline.compress(asked, str(micro_wan), store, machine=Machine())

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hbxt_compress.algorithms.few_steps import FewSteps, Path, fit_coefficients, shortest_path
+from hbxt_compress.algorithms.few_steps import (
+    FewSteps,
+    Path,
+    _nearest,
+    fit_coefficients,
+    shortest_path,
+)
 from hbxt_compress.sampler import SamplerSpec
 
 LEVELS = torch.linspace(1, 0, 13)
@@ -118,8 +124,17 @@ def test_the_shortest_path_is_that_of_trying_all(n_steps: int) -> None:
     assert cost(found) == pytest.approx(min(map(cost, every)))
 
 
+@pytest.mark.parametrize("wanted", [(1, 0.9, 0.01), (1, 0.5), (0.99,), (1, 0.999, 0.998, 0.1)])
+def test_the_nearest_levels_are_different_and_leave_room(wanted) -> None:
+    found = _nearest(LEVELS, wanted)
+    assert list(found) == sorted({*found})
+    assert found[0] == 0
+    assert found[-1] < 12
+    assert len(found) == len(wanted)
+
+
 def test_more_steps_than_the_teacher_took_are_refused() -> None:
-    with pytest.raises(ValueError, match="the teacher takes 12"):
+    with pytest.raises(ValueError, match="the model itself takes 12"):
         shortest_path(bent, path(bent, n=2), 13)
 
 

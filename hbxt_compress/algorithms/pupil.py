@@ -1,0 +1,48 @@
+"""Pupil: what a distiller works on, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hbxt_compress.sampler import SamplerSpec
+
+__all__ = ["Distilled", "Pupil"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pupil:
+    """A student before its lesson, and its teacher.
+
+    module: its transformer, float32; None where it has two. call(module, x, t, text): its velocity.
+    velocity(x, level, text): its guided velocity at one noise level. teacher(x, t, text): that of
+    the original at timesteps N, without a gradient. sampler: its own so far; teachers: the
+    original's.
+    """
+
+    module: nn.Module | None
+    call: Callable[..., Tensor]
+    velocity: Callable[[Tensor, float, Tensor], Tensor]
+    teacher: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sampler: SamplerSpec
+    teachers: SamplerSpec
+
+    def trainable(self) -> nn.Module:
+        """The module, its parameters waiting for gradients; ValueError if there are two."""
+        if self.module is None:
+            raise ValueError("a model of two experts has no distillers that train it yet")
+        return self.module.requires_grad_(True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distilled:
+    """sampler: what the student runs on. weights: those that changed, by name; none: all stayed.
+
+    measured: what to tell of it.
+    """
+
+    sampler: SamplerSpec
+    measured: Mapping[str, float]
+    weights: Mapping[str, Tensor]

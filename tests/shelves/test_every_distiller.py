@@ -1,0 +1,123 @@
+"""Every distiller makes a whole model folder, and a killed run the same one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbxt_compress.algorithms import DISTILLERS
+from hbxt_compress.algorithms.few_steps import FewSteps
+from hbxt_compress.algorithms.guidance import Guidance
+from hbxt_compress.algorithms.training import Training
+from hbxt_compress.errors import CalibrationError
+from hbxt_compress.machine import Machine
+from hbxt_compress.models import family_of
+from hbxt_compress.prompts import load_prompts
+from hbxt_compress.source import Source, locate
+from hbxt_compress.stages import distill as stage
+from hbxt_compress.stages.distill import STUDENT, distill
+from hbxt_compress.stages.teach import teach
+from hbxt_compress.store import Entry, Store
+
+_SHORT = Training(n_steps=130, batch=4, rate=1e-3, judge_every=60, average=0.9, warmup=5)
+SMALL = {
+    "guidance": Guidance(train=_SHORT, n_clips=16, prompts="tiny"),
+    "solver": FewSteps(n_steps=2, n_clips=8, prompts="tiny"),
+}
+
+
+def made(store: Store, folder: Path, name: str) -> Entry:
+    how, source = SMALL[name], locate(str(folder))
+    lessons = store.result(
+        teach, source=source, prompts=load_prompts(how.prompts), n_clips=how.n_clips,
+        levels=tuple(how.levels(family_of(source).sampler(source).sigmas().tolist())), on=Machine(),
+    )  # fmt: skip
+    return store.result(
+        distill, source=source, teacher=source, lessons=lessons, how=how, on=Machine()
+    )
+
+
+def student_of(entry: Entry) -> Source:
+    return locate(str(entry.folder / STUDENT))
+
+
+def test_each_is_tried_here() -> None:
+    assert set(SMALL) == set(DISTILLERS)
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_students_are_models_of_their_family(name: str, micro_wan: Path, tmp_path: Path) -> None:
+    entry = made(Store(tmp_path / "store"), micro_wan, name)
+    student, original = student_of(entry), locate(str(micro_wan))
+    family = family_of(student)
+    assert family.layers(student) == family.layers(original)
+    sampler = family.sampler(student)
+    assert (sampler.guidance, sampler.solver) != (3.0, "unipc")  # what the original runs on
+    changed = {n for n in original.files if student.files[n] != original.files[n]}
+    trained = {"transformer/diffusion_pytorch_model.safetensors"} if name != "solver" else set()
+    assert changed == trained
+    for component in family.components(student):
+        family.load(student, component)
+    assert json.loads((entry.folder / "distilled.json").read_text())
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if hasattr(SMALL[n], "train")])
+@pytest.mark.parametrize("until", [60, 101, 129])
+def test_a_killed_training_ends_the_same(
+    name: str, until: int, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(Store(tmp_path / "whole"), micro_wan, name)
+    store, told = Store(tmp_path / "store"), stage._Checkpoints.step
+
+    class Killed(BaseException):
+        pass
+
+    def step(self, done: int, total: int, values) -> None:
+        told(self, done, total, values)
+        if done == until:
+            raise Killed
+
+    monkeypatch.setattr(stage._Checkpoints, "step", step)
+    with pytest.raises(Killed):
+        made(store, micro_wan, name)
+    monkeypatch.setattr(stage._Checkpoints, "step", told)
+    again = made(store, micro_wan, name)
+    assert again.digest == whole.digest
+    lines = (again.folder / "training.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, 131))
+
+
+def test_the_student_without_guidance_nears_the_guided_teacher(
+    micro_wan: Path, tmp_path: Path
+) -> None:
+    entry = made(Store(tmp_path / "store"), micro_wan, "guidance")
+    measured = json.loads((entry.folder / "distilled.json").read_text())
+    assert measured["held_out_error"] < 0.9 * measured["held_out_error_before"]
+    assert family_of(student_of(entry)).sampler(student_of(entry)).guidance == 1
+
+
+def test_two_experts_are_not_trained(tmp_path: Path) -> None:
+    from tests.micro import write_micro_wan
+
+    folder = write_micro_wan(tmp_path / "wan", two_experts=True)
+    with pytest.raises(CalibrationError, match="two experts has no distillers that train it yet"):
+        made(Store(tmp_path / "store"), folder, "guidance")
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_batch(
+    micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = stage.FullModel.velocity
+
+    def broken(self, x, timestep, *rest):
+        found = answer(self, x, timestep, *rest)
+        return found * float("nan") if torch.is_tensor(timestep) and torch.rand(()) < 0.1 else found
+
+    monkeypatch.setattr(stage.FullModel, "velocity", broken)
+    torch.manual_seed(0)
+    with pytest.raises(CalibrationError, match=r"step \d+: loss nan.*batch-\d+\.checkpoint"):
+        made(Store(tmp_path / "store"), micro_wan, "guidance")
