@@ -24,6 +24,7 @@ from hbxt_compress.algorithms.scale import Scale
 from hbxt_compress.algorithms.smooth_quant import SmoothQuant
 from hbxt_compress.algorithms.solver import SolverRefit
 from hbxt_compress.algorithms.training import Watch
+from hbxt_compress.algorithms.trajectory import Trajectory
 from hbxt_compress.algorithms.transform import Mixing, Transform
 from hbxt_compress.formats import WeightFormat
 from hbxt_compress.lessons import Lessons
@@ -119,7 +120,11 @@ class Rounder(Protocol):
         """The weight in a format; weight_OI: float32. inputs is None only where need is None."""
 
 
-DISTILLERS: Final[Mapping[str, type[Distiller]]] = {"guidance": Guidance, "solver": FewSteps}
+DISTILLERS: Final[Mapping[str, type[Distiller]]] = {
+    "guidance": Guidance,
+    "trajectory": Trajectory,
+    "solver": FewSteps,
+}
 AnyDistiller = one_of(DISTILLERS)
 
 INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {

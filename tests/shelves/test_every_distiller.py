@@ -12,6 +12,7 @@ from hbxt_compress.algorithms import DISTILLERS
 from hbxt_compress.algorithms.few_steps import FewSteps
 from hbxt_compress.algorithms.guidance import Guidance
 from hbxt_compress.algorithms.training import Training
+from hbxt_compress.algorithms.trajectory import Trajectory
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
@@ -25,6 +26,9 @@ from hbxt_compress.store import Entry, Store
 _SHORT = Training(n_steps=130, batch=4, rate=1e-3, judge_every=60, average=0.9, warmup=5)
 SMALL = {
     "guidance": Guidance(train=_SHORT, n_clips=16, prompts="tiny"),
+    "trajectory": Trajectory(
+        noise_levels=(1.0, 0.8), train=_SHORT, n_clips=16, own_states=0.4, prompts="tiny"
+    ),
     "solver": FewSteps(n_steps=2, n_clips=8, prompts="tiny"),
 }
 
@@ -98,6 +102,16 @@ def test_the_student_without_guidance_nears_the_guided_teacher(
     measured = json.loads((entry.folder / "distilled.json").read_text())
     assert measured["held_out_error"] < 0.9 * measured["held_out_error_before"]
     assert family_of(student_of(entry)).sampler(student_of(entry)).guidance == 1
+
+
+def test_a_student_of_few_steps_nears_the_clips_of_its_teacher(
+    micro_wan: Path, tmp_path: Path
+) -> None:
+    entry = made(Store(tmp_path / "store"), micro_wan, "trajectory")
+    measured = json.loads((entry.folder / "distilled.json").read_text())
+    assert measured["held_out_error"] < 0.9 * measured["held_out_error_before"]
+    sampler = family_of(student_of(entry)).sampler(student_of(entry))
+    assert (sampler.solver, sampler.n_steps, sampler.guidance) == ("euler", 2, 1)
 
 
 def test_two_experts_are_not_trained(tmp_path: Path) -> None:
