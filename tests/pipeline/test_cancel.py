@@ -19,7 +19,6 @@ PROMPT = "a red circle moving left"
 N_FRAMES = 9
 # Says what is to run and waits for a line, so that a signal comes at a moment that is known.
 _STEPPED = """
-import signal
 import sys
 from hbxt_compress import cli
 from hbxt_compress.runtime.session import Session
@@ -32,7 +31,6 @@ def stepped(self, inputs):
     return run(self, inputs)
 
 Session.run = stepped
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 cli.main(sys.argv[1:])
 """
 
