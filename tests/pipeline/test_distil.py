@@ -121,3 +121,12 @@ def test_more_steps_than_the_model_takes_are_refused(
     asked = recipe.model_copy(update={"distill": (many,)})
     with pytest.raises(CalibrationError, match="9 steps: the model itself takes 3; ask for fewer"):
         pipeline.compress(asked, str(micro_wan), store, machine=Machine())
+
+
+def test_what_distilling_takes_is_foretold(recipe: Recipe, micro_wan: Path, store: Store) -> None:
+    _, told = pipeline.foresee(recipe, str(micro_wan), store)
+    found = {one.stage: one for one in told.stages}
+    assert list(found)[1:3] == ["teach", "distill"]
+    assert all(found[one].peak_rss_bytes > 0 for one in ("teach", "distill"))
+    model = sum(path.stat().st_size for path in micro_wan.rglob("*.safetensors"))
+    assert found["distill"].disk_bytes == pytest.approx(model, rel=0.2)
