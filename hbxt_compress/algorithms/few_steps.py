@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, ClassVar
 
 import torch
@@ -110,9 +111,22 @@ class FewSteps(Settings):
         measured = {
             "error_db": 10 * math.log10(found.errors[0]),
             "held_out_error_db": 10 * math.log10(found.errors[1]),
+            "held_out_error_db_of_euler": 10 * math.log10(self._eulers(pupil, path)),
             "energy": found.energy,
         }
         return Distilled(sampler=sampler, measured=measured, weights={})
+
+    def _eulers(self, pupil: Pupil, path: Path) -> float:
+        """The relative squared error of Euler at the sampler's levels, on the clips that judge."""
+        judged = path.rows(slice(len(path) - len(path) // 3, None))
+        levels, x = self._plain(pupil.sampler).sigmas().tolist(), judged.states_NKCTHW[:, 0]
+        for a, b in pairwise(levels):
+            x = x + (b - a) * pupil.velocity(x, a, judged.text_NLD)
+        clean = judged.states_NKCTHW[:, -1]
+        return _energy(x - clean) / _energy(clean)
+
+    def _plain(self, sampler: SamplerSpec) -> SamplerSpec:
+        return replace(sampler, solver="euler", n_steps=self.n_steps, levels=(), coefficients=())
 
     def fit(
         self, velocity: Velocity, path: Path, sampler: SamplerSpec, say: Say
@@ -133,10 +147,9 @@ class FewSteps(Settings):
         def error(steps: Sequence[int]) -> float:
             return fit_coefficients(velocity, *tried, steps, self.ridge).errors[1]
 
-        own = replace(sampler, solver="euler", n_steps=self.n_steps, levels=(), coefficients=())
         starts = (
             shortest_path(velocity, learnt.rows(slice(_N_ON_PATH)), self.n_steps),
-            _nearest(path.levels_K, own.sigmas()[:-1].tolist()),
+            _nearest(path.levels_K, self._plain(sampler).sigmas()[:-1].tolist()),
         )
         steps = min(starts, key=error)
         steps = _moved(steps, len(path.levels_K) - 1, error, say)
@@ -186,7 +199,7 @@ def shortest_path(velocity: Velocity, path: Path, n_steps: int) -> tuple[int, ..
     states, levels = path.states_NKCTHW, path.levels_K
     last = len(levels) - 1
     if n_steps > last:
-        raise ValueError(f"{n_steps} steps: the model itself takes {last}")
+        raise ValueError(f"{n_steps} steps: the model itself takes {last}; ask for fewer")
     cost = torch.full((last + 1, last + 1), math.inf, dtype=torch.float64)
     for i in range(last):
         v = velocity(states[:, i], float(levels[i]), path.text_NLD)
