@@ -13,7 +13,7 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import PlanError
 from hbxt_compress.machine import Machine
 from hbxt_compress.recipe import Recipe, load_recipe
-from hbxt_compress.stages import calibrate
+from hbxt_compress.stages.full_model import FullModel
 from hbxt_compress.store import Store
 from hbxt_compress.suite import Suite
 from tests.real_clips import write_clips, write_set
@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def artifact(tuned: Recipe, micro_wan: Path, store: Store, folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # nothing may be sampled
-        patch.setattr(calibrate._FullPrecision, "denoise", None)
+        patch.setattr(FullModel, "states", None)
         return pipeline.compress(
             tuned, str(micro_wan), store, machine=Machine(), out=folder / "artifact"
         )
