@@ -127,7 +127,10 @@ def evaluate(
     model: str | None = None,
     out: Path | None = None,
 ) -> QualityReport:
-    """The quality of an artifact against the full-precision model, both run by the same runtime."""
+    """The quality of an artifact against its model in full precision, both in the same runtime.
+
+    A student's sets of clips are also measured against those of the model it was distilled from.
+    """
     candidate = Artifact.open(artifact)
     sources = _sources_of(candidate, model, store, machine)
     size, precise = candidate.manifest.geometry, load_recipe(_REFERENCE)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 
 from hbxt_compress.algorithms import AnyDistiller
-from hbxt_compress.costs.counting import Passes
 from hbxt_compress.costs.rounding import numbers
-from hbxt_compress.costs.shown import Forwards, alive_bytes, whole
+from hbxt_compress.costs.shown import Forwards, alive_bytes
 from hbxt_compress.costs.stages import BASE_BYTES, StageCost
 from hbxt_compress.costs.work import Work
 from hbxt_compress.models import Family
@@ -30,8 +29,7 @@ def distilling_costs(
     loaded = numbers(held, 2, 4)
     found = []
     for one in how:
-        text = forwards.passes("text_encoder")
-        work = loaded + _forward(family, source, "text_encoder", text) * one.n_clips
+        work = loaded + forwards.work("text_encoder") * one.n_clips
         peak = 0.0
         for t in timesteps:
             work += _velocities(family, source, forwards, t, AT_ONCE) * (one.n_clips / AT_ONCE)
@@ -66,13 +64,4 @@ def _velocities(
     """The guided velocities of n states."""
     sides = 1 if family.sampler(source).guidance_at(timestep) == 1 else 2
     expert = _expert(family, source, timestep)
-    return _forward(family, source, expert, forwards.passes(expert, n * sides))
-
-
-def _forward(family: Family, source: Source, component: str, passes: Passes) -> Work:
-    specs = [one for one in family.layers(source) if one.component == component]
-    n_blocks = len({one.block for one in specs if one.block is not None})
-    work = Work()
-    for piece, times in whole(passes, n_blocks):
-        work += piece.work() * times
-    return work
+    return forwards.work(expert, n * sides)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.costs.counting import Counted, Passes, count, count_passes
+from hbxt_compress.costs.work import Work
 from hbxt_compress.models import Family
 from hbxt_compress.plan import Shown
 from hbxt_compress.prompts import PromptSet
@@ -57,6 +58,15 @@ class Forwards:
             self._known[component, n] = count_passes(chain, inputs)
         return self._known[component, n]
 
+    def work(self, component: str, n: int = 1) -> Work:
+        """What a forward of n prompts or states is, all blocks passed."""
+        specs = self._family.layers(self._source)
+        blocks = {one.block for one in specs if one.component == component}
+        found = Work()
+        for piece, times in whole(self.passes(component, n), len(blocks - {None})):
+            found += piece.work() * times
+        return found
+
 
 class ShownModel:
     """A model's components and what each is shown, batch by batch."""
@@ -74,6 +84,10 @@ class ShownModel:
     def passes(self, component: str, n: int = 1) -> Passes:
         """A forward of n prompts or states."""
         return self._forwards.passes(component, n)
+
+    def work(self, component: str, n: int) -> Work:
+        """What such a forward is, all blocks passed."""
+        return self._forwards.work(component, n)
 
     def batches(self, component: str, n_learnt: int, n_held_out: int) -> list[Batches]:
         """As stages/batches.py makes them of so many prompts."""

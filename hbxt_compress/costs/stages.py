@@ -110,11 +110,11 @@ def trajectory_cost(model: ShownModel, n: int, n_states: int) -> StageCost:
     """stages/calibrate: prompts denoised in full precision, all chained components in memory."""
     parameters = model.family.parameters(model.source)
     held = sum(parameters[one] for one in model.chained)
-    work = numbers(held, 2, 4) + _whole(model, "text_encoder", 1) * 2 * n
+    work = numbers(held, 2, 4) + model.work("text_encoder", 1) * 2 * n
     peak = float(model.passes("text_encoder").block.peak_bytes)
     for expert, sizes in model.denoised().items():
         for size in set(sizes):
-            work += _whole(model, expert, size) * (n * sizes.count(size))
+            work += model.work(expert, size) * (n * sizes.count(size))
             peak = max(peak, alive_bytes(model.passes(expert, size)))
     kept = n * n_states * math.prod(model.latent) * 4
     work += _stored(kept)
@@ -169,14 +169,14 @@ def refine_cost(
 ) -> StageCost:
     """stages/refine: a component and its quantized copy in memory, tuned by gradients."""
     parameters = model.family.parameters(model.source)
-    work, peak = _whole(model, "text_encoder", 1) * (2 * (sum(learnt) + 1)), 0.0
+    work, peak = model.work("text_encoder", 1) * (2 * (sum(learnt) + 1)), 0.0
     for component in model.chained:
         if component == "text_encoder":
             continue
         batches = model.batches(component, *learnt)
         n, n_all = parameters[component], sum(one.n for one in batches)
         held_out = sum(one.n_held_out for one in batches)
-        forward = _whole(model, component, batches[0].states) if batches else Work()
+        forward = model.work(component, batches[0].states) if batches else Work()
         decoded = numbers(n, _STUDENT_PASSES / 2, 4)
         work += numbers(n, 6, 4) + forward * n_all
         alive = 8.0 * n + 4.0 * n
@@ -341,13 +341,6 @@ def _in_block(module: str, block: int) -> str:
     parts = module.split(".")
     parts[parts.index("0")] = str(block)
     return ".".join(parts)
-
-
-def _whole(model: ShownModel, component: str, n: int) -> Work:
-    work = Work()
-    for piece, times in whole(model.passes(component, n), _n_blocks(model, component)):
-        work += piece.work() * times
-    return work
 
 
 def _n_blocks(model: ShownModel, component: str) -> int:

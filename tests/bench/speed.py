@@ -140,17 +140,26 @@ def exported(file: Path, inputs: Inputs, n_threads: int) -> Run:
     return lambda: session.run(feeds)[session.outputs[0]]
 
 
+def transformer(
+    *, heads: int = 12, ffn: int = 8960, layers: int = 4, tokens: int = 2048, text: int = 512
+) -> tuple[WanTransformer3DModel, ComponentGraphs]:
+    """Some blocks of a Wan transformer, by default as wide as those of the 1.3B model."""
+    frames, rest = divmod(tokens, 256)
+    if rest or not frames:
+        raise SystemExit(f"--tokens {tokens}: must be a multiple of 256 (frames of 16x16)")
+    module = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=128,
+        in_channels=16, out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=ffn,
+        num_layers=layers,
+    ).eval()  # fmt: skip
+    return module, transformer_graphs(module, latent_shape=(16, frames, 32, 32), text_length=text)
+
+
 def transformer_runs(args: argparse.Namespace, folder: Path) -> dict[str, Run]:
     """torch, torch compiled, the graph in float32, and what three recipes make of it."""
-    frames, rest = divmod(args.tokens, 256)
-    if rest or not frames:
-        raise SystemExit(f"--tokens {args.tokens}: must be a multiple of 256 (frames of 16x16)")
-    module = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=args.heads, attention_head_dim=128,
-        in_channels=16, out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=args.ffn,
-        num_layers=args.layers,
-    ).eval()  # fmt: skip
-    graphs = transformer_graphs(module, latent_shape=(16, frames, 32, 32), text_length=args.text)
+    module, graphs = transformer(
+        heads=args.heads, ffn=args.ffn, layers=args.layers, tokens=args.tokens, text=args.text
+    )
     spec = graphs.graphs["model.onnx"]
     inputs = DummyInputs(spec.inputs, 1).all()
     runs = {_EAGER: in_torch(spec, inputs)}

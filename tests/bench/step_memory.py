@@ -1,6 +1,7 @@
 """What a graph needs in memory: its weights, what is live at once, and what ONNX Runtime takes.
 
     python tests/bench/step_memory.py GRAPH.onnx [--threads 2]
+    python tests/bench/step_memory.py --tokens 8192     # four blocks as wide as the 1.3B model's
 
 Live at once is the most that values of the graph hold between the node that makes them and the last
 that reads them, in the order of the file; a reshaped value is the same one. Measured is a process
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,16 +141,35 @@ def _resident(field: str) -> int:
     return 1024 * int(text.split(f"{field}:")[1].split()[0])
 
 
+def _made(folder: Path, n_tokens: int) -> Path:
+    """In a process of its own: torch would stay in this one."""
+    code = (
+        "import sys; from pathlib import Path; import speed; "
+        "_, graphs = speed.transformer(tokens=int(sys.argv[2])); "
+        "speed.export_component(Path(sys.argv[1]), graphs, {}, precision=32)"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(n_tokens)]
+    root = Path(__file__).parents[2]
+    found = {**os.environ, "PYTHONPATH": f"{root}:{Path(__file__).parent}"}
+    subprocess.run(command, check=True, env=found)
+    return folder / "model.onnx"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("graph", type=Path)
+    parser.add_argument("graph", type=Path, nargs="?")
+    parser.add_argument("--tokens", type=int, help="make a float32 graph for so many, and measure")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--inside", action="store_true", help="measure in this very process")
     asked = parser.parse_args()
     if asked.inside:
         sys.stdout.write(json.dumps(_inside(asked.graph, asked.threads)))
         return
-    found = measure(asked.graph, n_threads=asked.threads)
+    if (asked.graph is None) == (asked.tokens is None):
+        parser.error("give a graph, or --tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        graph = asked.graph or _made(Path(folder), asked.tokens)
+        found = measure(graph, n_threads=asked.threads)
     for name in ("weights", "live", "held", "opening", "step"):
         sys.stdout.write(f"{name:8} {getattr(found, name) / 1e6:10.1f} MB\n")
     sys.stdout.write(f"step over weights and live values: {found.ratio:.2f}\n")

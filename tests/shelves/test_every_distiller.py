@@ -95,23 +95,17 @@ def test_a_killed_training_ends_the_same(
     assert steps == list(range(1, 131))
 
 
-def test_the_student_without_guidance_nears_the_guided_teacher(
-    micro_wan: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "solver", "n_steps"), [("guidance", "unipc", 3), ("trajectory", "euler", 2)]
+)
+def test_trained_students_near_their_teacher_without_guidance(
+    name: str, solver: str, n_steps: int, micro_wan: Path, tmp_path: Path
 ) -> None:
-    entry = made(Store(tmp_path / "store"), micro_wan, "guidance")
-    measured = json.loads((entry.folder / "distilled.json").read_text())
-    assert measured["held_out_error"] < 0.9 * measured["held_out_error_before"]
-    assert family_of(student_of(entry)).sampler(student_of(entry)).guidance == 1
-
-
-def test_a_student_of_few_steps_nears_the_clips_of_its_teacher(
-    micro_wan: Path, tmp_path: Path
-) -> None:
-    entry = made(Store(tmp_path / "store"), micro_wan, "trajectory")
+    entry = made(Store(tmp_path / "store"), micro_wan, name)
     measured = json.loads((entry.folder / "distilled.json").read_text())
     assert measured["held_out_error"] < 0.9 * measured["held_out_error_before"]
     sampler = family_of(student_of(entry)).sampler(student_of(entry))
-    assert (sampler.solver, sampler.n_steps, sampler.guidance) == ("euler", 2, 1)
+    assert (sampler.solver, sampler.n_steps, sampler.guidance) == (solver, n_steps, 1)
 
 
 def test_two_experts_are_not_trained(tmp_path: Path) -> None:
