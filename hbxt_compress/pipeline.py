@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -52,6 +53,7 @@ from hbxt_compress.suite import Suite
 
 __all__ = ["compress", "evaluate", "foresee", "plan", "require_room_for", "status"]
 
+log = logging.getLogger(__name__)
 _REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
 
 
@@ -59,12 +61,17 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     """What a recipe would do to every weight of a model.
 
     Reads nothing but file headers, unless the recipe has a budget: then the layers are measured.
+    Those of a student that is still to be made cannot be: its plan is assumed, as by `foresee`.
     """
-    hashed = recipe.budget is not None
-    source = _located(model, store, hashed=hashed)
-    if hashed:
-        source = _student(recipe.distill, source, store, machine)
-    return _plan(recipe, source, store, machine)
+    if recipe.budget is None:
+        return _plan(recipe, locate(model, hashed=False), store, machine)
+    source = _located(model, store)
+    try:
+        student = _student(recipe.distill, source, store.peek(), Machine())
+    except Missing:
+        log.warning("plan: the student is not made yet; its budget's smallest formats are assumed")
+        return _assumed(recipe, source)
+    return _plan(recipe, student, store, machine)
 
 
 def foresee(

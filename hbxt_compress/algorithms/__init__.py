@@ -10,6 +10,7 @@ from typing import ClassVar, Final, Protocol
 
 from torch import Tensor
 
+from hbxt_compress.algorithms.dmd import Dmd
 from hbxt_compress.algorithms.few_steps import FewSteps
 from hbxt_compress.algorithms.gptq import Gptq
 from hbxt_compress.algorithms.guidance import Guidance
@@ -123,6 +124,7 @@ class Rounder(Protocol):
 DISTILLERS: Final[Mapping[str, type[Distiller]]] = {
     "guidance": Guidance,
     "trajectory": Trajectory,
+    "dmd": Dmd,
     "solver": FewSteps,
 }
 AnyDistiller = one_of(DISTILLERS)

@@ -7,9 +7,10 @@ level, over the solver's own states, with a ridge towards Euler's step:
 
     min sum_n ||B_n c - x_n||^2 + ridge * sum_i (c_i - e_i)^2 ||B_i||^2
 
-Levels are some of the teacher's: first those of the shortest path under the error of one Euler step
+Levels are first some of the teacher's: those of the shortest path under the error of one Euler step
 between two of them, or the sampler's own for so few steps, whichever is better; then moved one by
-one while clips that were not fitted to come nearer.
+one while clips that were not fitted to come nearer. From there all of it is tuned together, see
+tuned_steps.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hbxt_compress.algorithms.pupil import Distilled, Pupil
-from hbxt_compress.algorithms.training import Watch
+from hbxt_compress.algorithms.training import Training, Watch
+from hbxt_compress.algorithms.tuned_steps import FittedSolver, tune
 from hbxt_compress.lessons import Lessons
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.strict import Settings
@@ -33,9 +35,8 @@ from hbxt_compress.strict import Settings
 __all__ = ["FewSteps", "Fit", "Path", "fit_coefficients", "shortest_path"]
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]
-Say = Callable[[str], None]
 _N_ON_PATH = 16  # clips that the first guess looks at
-_ROUNDS = 4  # of the search over all levels, as a rule
+_N_IN_SEARCH = 64  # and those that the search does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,10 @@ class Path:
         return replace(
             self, states_NKCTHW=self.states_NKCTHW[chosen], text_NLD=self.text_NLD[chosen]
         )
+
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The noise, the clean latents and the text."""
+        return self.states_NKCTHW[:, 0], self.states_NKCTHW[:, -1], self.text_NLD
 
     def __len__(self) -> int:
         return len(self.text_NLD)
@@ -72,31 +77,42 @@ class Fit:
 class FewSteps(Settings):
     """Refits the sampler to a smaller number of steps."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     n_steps: Annotated[int, Field(ge=1, le=50)] = 8
-    n_clips: Annotated[int, Field(ge=8)] = 96
+    n_clips: Annotated[int, Field(ge=8)] = 192
     """clips that the teacher makes for it; the last third judges only"""
-    prompts: str = "standard"
+    prompts: str = "captions"
     """the prompt set that they are made of"""
+    search: Annotated[int, Field(ge=0)] = 60
+    """sets of levels that are tried at most"""
     ridge: Annotated[float, Field(ge=0)] = 1.0e-6
     """pull towards Euler's step, relative to each basis vector's energy"""
+    tune: Training = Training(
+        n_steps=120, batch=16, rate=2e-3, warmup=10, betas=(0.9, 0.95), average=0.9, judge_every=30
+    )
+    """how all of it is tuned together, from the fitted steps on"""
 
     def levels(self, sigmas: Sequence[float]) -> Sequence[float]:
         """Noise levels at which the teacher's states are needed: all that it has."""
         return sigmas
 
     def n_velocities(self, n_levels: int) -> int:
-        """About how many states the model answers; how long the search goes on is not known."""
+        """About how many states the model answers; a gradient counts as three forwards."""
         n_learnt = self.n_clips - self.n_clips // 3
-        n_sets = 2 + _ROUNDS * 2 * (self.n_steps - 1)
-        return n_levels * _N_ON_PATH + self.n_steps * (n_sets * n_learnt + self.n_clips)
+        n_judged = n_learnt // 4 * (2 + self.tune.n_steps // self.tune.judge_every)
+        tuned = 3 * self.tune.n_steps * self.tune.batch + n_judged
+        searched = min(_N_IN_SEARCH, n_learnt) * (3 + self.search)
+        fitted = searched + n_learnt + 2 * (self.n_clips - n_learnt)
+        return n_levels * _N_ON_PATH + self.n_steps * (fitted + tuned)
 
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
-        """The sampler with its new levels and coefficients; see `fit`.
+        """The sampler with its new levels and coefficients; how far its clips end from the
+        teacher's, on the last third of them, beside Euler's.
 
         Raises:
             ValueError: the teacher itself took fewer steps, or the fit is not finite.
+            Diverged: a loss is not finite.
         """
         rows, levels = range(len(lessons)), range(len(lessons.levels_K))
         states = [lessons.states(rows, [k] * len(rows)) for k in levels]
@@ -105,64 +121,87 @@ class FewSteps(Settings):
             levels_K=lessons.levels_K,
             text_NLD=lessons.text(rows),
         )
-        sampler, found = self.fit(pupil.velocity, path, pupil.sampler, watch.say)
-        if not all(math.isfinite(one) for one in (*found.errors, found.energy)):
+        n_learnt = len(path) - len(path) // 3
+        learnt, judged = path.rows(slice(n_learnt)), path.rows(slice(n_learnt, None))
+        pupil.compile(self.tune.compile)
+        with self.tune.autocast(pupil.device):
+            solver = self.fit(pupil.velocity, learnt, pupil.sampler, watch)
+        kept = n_learnt - n_learnt // 4
+        before, after = tune(
+            solver, pupil.velocity, learnt.rows(slice(kept)).ends(),
+            learnt.rows(slice(kept, None)).ends(), self.tune, pupil.device, watch,
+        )  # fmt: skip
+        with torch.no_grad():
+            found = solver(pupil.velocity, judged.states_NKCTHW[:, 0], judged.text_NLD)
+        clean = judged.states_NKCTHW[:, -1]
+        lost, energy = _energy(found - clean) / _energy(clean), _energy(found) / _energy(clean)
+        if not (math.isfinite(lost) and math.isfinite(energy)):
             raise ValueError("the fitted solver's latents are not finite")
         measured = {
-            "error_db": 10 * math.log10(found.errors[0]),
-            "held_out_error_db": 10 * math.log10(found.errors[1]),
-            "held_out_error_db_of_euler": 10 * math.log10(self._eulers(pupil, path)),
-            "energy": found.energy,
+            "error_db_before_tuning": 10 * math.log10(before),
+            "error_db": 10 * math.log10(after),
+            "held_out_error_db": 10 * math.log10(lost),
+            "held_out_error_db_of_euler": 10 * math.log10(self._eulers(pupil, judged)),
+            "energy": energy,
         }
+        sampler = replace(
+            pupil.sampler,
+            solver="fitted",
+            n_steps=self.n_steps,
+            levels=tuple(solver.levels().tolist()),
+            coefficients=tuple(tuple(row.tolist()) for row in solver.rows),
+            corrections=(),
+        )
         return Distilled(sampler=sampler, measured=measured, weights={})
 
-    def _eulers(self, pupil: Pupil, path: Path) -> float:
-        """The relative squared error of Euler at the sampler's levels, on the clips that judge."""
-        judged = path.rows(slice(len(path) - len(path) // 3, None))
+    def _eulers(self, pupil: Pupil, judged: Path) -> float:
+        """The relative squared error of Euler at the sampler's levels, on some clips."""
         levels, x = self._plain(pupil.sampler).sigmas().tolist(), judged.states_NKCTHW[:, 0]
-        for a, b in pairwise(levels):
-            x = x + (b - a) * pupil.velocity(x, a, judged.text_NLD)
+        with torch.no_grad():
+            for a, b in pairwise(levels):
+                x = x + (b - a) * pupil.velocity(x, a, judged.text_NLD)
         clean = judged.states_NKCTHW[:, -1]
         return _energy(x - clean) / _energy(clean)
 
     def _plain(self, sampler: SamplerSpec) -> SamplerSpec:
         return replace(sampler, solver="euler", n_steps=self.n_steps, levels=(), coefficients=())
 
+    @torch.no_grad()
     def fit(
-        self, velocity: Velocity, path: Path, sampler: SamplerSpec, say: Say
-    ) -> tuple[SamplerSpec, Fit]:
-        """The sampler with its new levels, and how well it does on the last third of the clips.
+        self, velocity: Velocity, path: Path, sampler: SamplerSpec, watch: Watch
+    ) -> FittedSolver:
+        """A solver fitted a step at a time, at the teacher's levels that a search has found.
 
-        velocity(x, level, text): guided, of the model that is to need fewer steps.
+        velocity(x, level, text): guided, of the model that is to need fewer steps. A search that
+        was finished once is not repeated.
 
         Raises:
             ValueError: the teacher itself took fewer.
         """
-        n_judged = len(path) // 3
-        n_learnt = len(path) - n_judged
-        learnt, judged = path.rows(slice(n_learnt)), path.rows(slice(n_learnt, None))
-        n_tried = max(1, n_learnt // 4)
-        tried = learnt.rows(slice(n_learnt - n_tried)), learnt.rows(slice(n_learnt - n_tried, None))
+        looked = path.rows(slice(_N_IN_SEARCH))
+        n_tried = max(1, len(looked) // 4)
+        parts = [slice(len(looked) - n_tried), slice(len(looked) - n_tried, None)]
+        tried = looked.rows(parts[0]), looked.rows(parts[1])
 
         def error(steps: Sequence[int]) -> float:
             return fit_coefficients(velocity, *tried, steps, self.ridge).errors[1]
 
-        starts = (
-            shortest_path(velocity, learnt.rows(slice(_N_ON_PATH)), self.n_steps),
-            _nearest(path.levels_K, self._plain(sampler).sigmas()[:-1].tolist()),
-        )
-        steps = min(starts, key=error)
-        steps = _moved(steps, len(path.levels_K) - 1, error, say)
-        found = fit_coefficients(velocity, learnt, judged, steps, self.ridge)
-        fitted = replace(
-            sampler,
-            solver="fitted",
-            n_steps=self.n_steps,
-            levels=tuple(float(path.levels_K[k]) for k in steps),
-            coefficients=found.coefficients,
-            corrections=(),
-        )
-        return fitted, found
+        found = watch.load("levels")
+        if found is None:
+            starts = (
+                shortest_path(velocity, path.rows(slice(_N_ON_PATH)), self.n_steps),
+                _nearest(path.levels_K, self._plain(sampler).sigmas()[:-1].tolist()),
+            )
+            last = len(path.levels_K) - 1
+            found = {
+                "steps": torch.tensor(
+                    _moved(min(starts, key=error), last, error, self.search, watch)
+                )
+            }
+            watch.save("levels", found)
+        steps = found["steps"].tolist()
+        fit = fit_coefficients(velocity, path, tried[1], steps, self.ridge)
+        return FittedSolver([float(path.levels_K[k]) for k in steps], fit.coefficients)
 
 
 def fit_coefficients(
@@ -229,23 +268,31 @@ def _nearest(levels_K: Tensor, wanted: Sequence[float]) -> tuple[int, ...]:
 
 
 def _moved(
-    steps: tuple[int, ...], last: int, error: Callable[[Sequence[int]], float], say: Say
+    steps: tuple[int, ...],
+    last: int,
+    error: Callable[[Sequence[int]], float],
+    most: int,
+    watch: Watch,
 ) -> tuple[int, ...]:
-    """The steps moved along the teacher's levels as long as that helps; the first one stays."""
+    """The steps moved along the teacher's levels as long as that helps; the first one stays.
+
+    most: sets of levels that are tried.
+    """
     least, n_tried = error(steps), 0
     for far in (max(1, last // 16), 1):
         better = True
-        while better:
+        while better and n_tried < most:
             better = False
             for k in range(1, len(steps)):
                 for move in (-far, far):
                     moved = (*steps[:k], steps[k] + move, *steps[k + 1 :])
-                    if list(moved) != sorted({*moved}) or moved[-1] >= last:
+                    beyond = list(moved) != sorted({*moved}) or moved[-1] >= last
+                    if beyond or n_tried >= most:
                         continue
                     now, n_tried = error(moved), n_tried + 1
                     if now < least:
                         steps, least, better = moved, now, True
-                say(f"{n_tried} sets of levels tried, error {10 * math.log10(least):.2f} dB")
+                watch.searched(n_tried, most, 10 * math.log10(least))
     return steps
 
 

@@ -56,6 +56,7 @@ class Guidance(Settings):
         if pupil.teachers.guidance == 1:
             raise ValueError("guidance: this model runs without any, there is nothing to fold in")
         module, how = pupil.trainable(), self.train
+        call = how.compile(pupil.call)
         net, device = Net(module, how), next(module.parameters()).device
         n_judged = max(1, len(lessons) // 8)
 
@@ -71,7 +72,7 @@ class Guidance(Settings):
         def error(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
             wanted = pupil.teacher(x, t, text)
             with how.autocast(device):
-                found = pupil.call(module, x, t, text).float()
+                found = call(module, x, t, text).float()
             return (found - wanted).square().mean() / wanted.square().mean()
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hbxt_compress.sampler import SamplerSpec
@@ -18,14 +19,18 @@ class Pupil:
 
     module: its transformer, float32; None where it has two. call(module, x, t, text): its velocity.
     velocity(x, level, text): its guided velocity at one noise level. teacher(x, t, text): that of
-    the original at timesteps N, without a gradient. sampler: its own so far; teachers: the
-    original's.
+    the original at timesteps N, without a gradient. original(): its transformer once more, to
+    change. compile(by): has `velocity` run what `by` makes of a forward. sampler: the pupil's so
+    far; teachers: the original's.
     """
 
     module: nn.Module | None
     call: Callable[..., Tensor]
-    velocity: Callable[[Tensor, float, Tensor], Tensor]
+    velocity: Callable[[Tensor, float | Tensor, Tensor], Tensor]
     teacher: Callable[[Tensor, Tensor, Tensor], Tensor]
+    original: Callable[[], nn.Module]
+    compile: Callable[[Callable[[Callable[..., Tensor]], Callable[..., Tensor]]], None]
+    device: torch.device
     sampler: SamplerSpec
     teachers: SamplerSpec
 

@@ -7,7 +7,9 @@ that is not finite stops the run before it touches a weight, and the batch is sa
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from hbxt_compress.strict import Settings
 __all__ = ["Diverged", "Net", "Training", "Watch", "drawn", "train"]
 
 _SAVE_EVERY = 100
+log = logging.getLogger(__name__)
 
 
 class Training(Settings):
@@ -40,6 +43,8 @@ class Training(Settings):
     """decay of the average over steps"""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """of products; weights, sums and the optimizer are float32"""
+    compiled: bool = True
+    """by torch.compile, where there is a compiler: about 1.5 times as fast after a minute"""
     judge_every: Annotated[int, Field(ge=1)] = 250
     patience: Annotated[int, Field(ge=1)] = 8
     """judgements without a better one after which it stops"""
@@ -53,6 +58,15 @@ class Training(Settings):
             warnings.filterwarnings("ignore", "Mismatch dtype")  # norms stay exact, that is meant
             yield
 
+    def compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function as compiled code, if that is wanted and to be had."""
+        if not self.compiled:
+            return function
+        if shutil.which("g++") is None and not torch.cuda.is_available():
+            log.warning("no g++ found: training runs uncompiled, about 1.5 times slower")
+            return function
+        return torch.compile(function)
+
 
 class Watch(Protocol):
     """Who keeps checkpoints and tells how a training goes."""
@@ -61,7 +75,7 @@ class Watch(Protocol):
 
     def judged(self, done: int, score: float) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def searched(self, done: int, most: int, error_db: float) -> None: ...
 
     def save(self, name: str, state: Mapping[str, Tensor]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Trajectory: few steps of Euler, each learnt from where the teacher's path has come meanwhile.
+"""Trajectory: few steps, each learnt from where the teacher's path has come meanwhile.
 
 At levels s_0 = 1 > s_1 > ... > s_N = 0 the teacher passes x_0 .. x_N. The student learns, first at
 the teacher's states and later at its own x, where it is to go:
@@ -7,7 +7,10 @@ the teacher's states and later at its own x, where it is to go:
 
 which is progressive distillation's target (Salimans, Ho 2022, arXiv 2202.00512) with all of the
 teacher's steps between two levels taken at once. Guidance is in those states, so the student runs
-without. The map from noise to clips stays the teacher's: nothing is drawn anew.
+without. The map from noise to clips stays the teacher's: nothing is drawn anew. A student that is
+to noise its predictions again (`solver: renoise`, what dmd starts from) learns at each level where
+the path ends instead: x_N in place of x_(k+1), as CausVid's does (Yin et al. 2024, arXiv
+2412.07772).
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from hbxt_compress.algorithms.pupil import Distilled, Pupil
@@ -36,12 +39,13 @@ class Trajectory(Settings):
 
     noise_levels: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 0.9375, 0.8333, 0.625)
     """where the steps start; the teacher's nearest are taken"""
-    train: Training = Training(n_steps=6000)
-    own_states: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """share of the training, at its end, at states that the student itself came to"""
+    solver: Literal["euler", "renoise"] = "euler"
+    train: Training = Training(n_steps=2000, rate=5.0e-4, average=0.99)
+    own_states: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of the training, at its end, at states that the student itself came to by Euler"""
     n_clips: Annotated[int, Field(ge=8)] = 1024
     """clips that the teacher makes for it; the last sixteenth judges only"""
-    prompts: str = "wide"
+    prompts: str = "captions"
     """the prompt set that they are made of"""
 
     @field_validator("noise_levels")
@@ -50,6 +54,12 @@ class Trajectory(Settings):
         if levels[0] != 1 or any(b >= a or b <= 0 for a, b in itertools.pairwise(levels)):
             raise ValueError(f"must start at 1 and fall, staying above 0: {list(levels)}")
         return levels
+
+    @model_validator(mode="after")
+    def _own(self) -> Self:
+        if self.solver == "renoise" and self.own_states:
+            raise ValueError("own_states: with fresh noise the path leads elsewhere; leave it at 0")
+        return self
 
     def levels(self, sigmas: Sequence[float]) -> Sequence[float]:
         """Noise levels at which the teacher's states are needed."""
@@ -73,63 +83,74 @@ class Trajectory(Settings):
             raise ValueError(
                 f"trajectory: {len(self.noise_levels)} levels are {n_steps} of the teacher's"
             )
-        module = pupil.trainable()
+        module, call = pupil.trainable(), how.compile(pupil.call)
         net, device = Net(module, how), next(module.parameters()).device
         n_judged = max(1, len(lessons) // 16)
-        gaps = levels[1:] - levels[:-1]
+        aims = torch.arange(n_steps) + 1
+        if self.solver == "renoise":
+            aims = torch.full_like(aims, n_steps)
+        gaps = levels[aims] - levels[:-1]
 
         def velocity(x: Tensor, at: Tensor, text: Tensor) -> Tensor:
             t = levels[at] * pupil.teachers.n_train_timesteps
             with how.autocast(device):
-                found = pupil.call(module, x.to(device), t.to(device), text.to(device))
+                found = call(module, x.to(device), t.to(device), text.to(device))
             return found.float().to(x.device)
 
         def advanced(x: Tensor, at: Tensor, text: Tensor) -> Tensor:
+            """x at its levels taken to where those steps aim."""
             return x + _wide(gaps[at]) * velocity(x, at, text)
 
         @torch.no_grad()
         def walked(x: Tensor, at: Tensor, text: Tensor) -> Tensor:
-            """Each row from noise to its level, by the student."""
-            for k in range(int(at.max())):
-                on_way = (at > k).nonzero().flatten()
-                step = torch.full((len(on_way),), k)
-                x = x.index_copy(0, on_way, advanced(x[on_way], step, text[on_way]))
+            """Rows of noise, by rising level, each taken to its level by the student."""
+            for k in range(int(at[-1])):
+                first = int((at <= k).sum())
+                step = torch.full((len(x) - first,), k)
+                x = torch.cat([x[:first], advanced(x[first:], step, text[first:])])
             return x
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:
             draw = drawn(how.seed, k)
             rows = torch.randint(len(lessons) - n_judged, (how.batch,), generator=draw).tolist()
-            at, text = torch.randint(n_steps, (how.batch,), generator=draw), lessons.text(rows)
+            at, text = torch.arange(how.batch) * n_steps // how.batch, lessons.text(rows)
             if k >= (1 - self.own_states) * how.n_steps:
                 x = walked(lessons.states(rows, [0] * len(rows)), at, text)
             else:
                 x = lessons.states(rows, at.tolist())
-            wanted = (lessons.states(rows, (at + 1).tolist()) - x) / _wide(gaps[at])
-            found = velocity(x, at, text)
+            wanted = (lessons.states(rows, aims[at].tolist()) - x) / _wide(gaps[at])
             weights = gaps[at].abs() / gaps.abs().mean()
-            loss = ((found - wanted).square().flatten(1).mean(1) * weights).mean()
+            missed = (velocity(x, at, text) - wanted).square().flatten(1).mean(1)
+            loss = (missed * weights).mean()
             norm = net.descend(loss, k / how.n_steps)
             return {"loss": float(loss.detach()), "norm": norm}, {"x": x, "text": text}
 
         @torch.no_grad()
         def judge() -> float:
+            """The relative squared error of the clean latents; the mean over a renoiser's steps."""
             held_out = range(len(lessons) - n_judged, len(lessons))
             lost = kept = 0.0
             for start in range(0, n_judged, how.batch):
                 rows = held_out[start : start + how.batch]
-                x, text = lessons.states(rows, [0] * len(rows)), lessons.text(rows)
+                text, clean = lessons.text(rows), lessons.states(rows, [n_steps] * len(rows))
+                x = lessons.states(rows, [0] * len(rows))
                 for k in range(n_steps):
+                    if self.solver == "renoise":
+                        x = lessons.states(rows, [k] * len(rows))
                     x = advanced(x, torch.full((len(rows),), k), text)
-                clean = lessons.states(rows, [n_steps] * len(rows))
-                lost += float((x - clean).double().square().sum())
-                kept += float(clean.double().square().sum())
+                    if k + 1 == n_steps or self.solver == "renoise":
+                        lost += float((x - clean).double().square().sum())
+                        kept += float(clean.double().square().sum())
             return lost / kept
 
         before, after = train({"student": net}, how, turn, judge, watch)
         sampler = replace(
             pupil.sampler.with_guidance(1.0),
-            solver="euler", n_steps=n_steps, levels=tuple(levels[:-1].tolist()), coefficients=(),
-        )  # fmt: skip
+            solver=self.solver,
+            n_steps=n_steps,
+            levels=tuple(levels[:-1].tolist()),
+            coefficients=(),
+        )
         return Distilled(
             sampler=sampler,
             measured={"held_out_error_before": before, "held_out_error": after},

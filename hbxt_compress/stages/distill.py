@@ -79,9 +79,9 @@ def _pupil(source: Source, teacher: Source, taught: Lessons, device: torch.devic
     experts = [one for one in own.chains if one.startswith(_TRAINED)]
     chain = own.chains[_TRAINED]
 
-    def velocity(x: Tensor, level: float, text: Tensor) -> Tensor:
+    def velocity(x: Tensor, level: float | Tensor, text: Tensor) -> Tensor:
         timestep = level * own.sampler.n_train_timesteps
-        guidance = own.sampler.guidance_at(timestep)
+        guidance = own.sampler.guidance_at(float(torch.as_tensor(timestep).detach()))
         parts = zip(x.split(AT_ONCE), text.split(AT_ONCE), strict=True)
         return torch.cat([own.velocity(a, timestep, guidance, b, none).cpu() for a, b in parts])
 
@@ -94,6 +94,9 @@ def _pupil(source: Source, teacher: Source, taught: Lessons, device: torch.devic
         call=chain.call,
         velocity=velocity,
         teacher=answer,
+        original=lambda: family_of(teacher).load(teacher, _TRAINED).to(device),
+        compile=own.compile,
+        device=device,
         sampler=own.sampler,
         teachers=teachers,
     )
@@ -131,8 +134,9 @@ class _Checkpoints:
         self._folder = folder
         self.curve: list[dict[str, float]] = []
 
-    def say(self, text: str) -> None:
-        log.info("distill: %s", text)
+    def searched(self, done: int, most: int, error_db: float) -> None:
+        told = f"{done} sets of levels tried, error {error_db:.2f} dB"
+        log.info("distill: %s", told, extra={"progress": (done, most, "distill: search")})
 
     def step(self, done: int, total: int, values: Mapping[str, float]) -> None:
         self.curve.append({"step": done, **values})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,12 @@ class FullModel:
         self.sampler = family.sampler(source)
         self.latent_shape = family.latent_shape(source)
         self.device = device
+        self._whole = {name: chain.whole for name, chain in self.chains.items()}
+
+    def compile(self, by: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+        """Has the transformers' forwards go through what `by` makes of them."""
+        for name in self._whole.keys() - {"text_encoder"}:
+            self._whole[name] = by(self.chains[name].whole)
 
     def tokens(self, prompt: str) -> tuple[Tensor, Tensor]:
         """(ids, mask) of a prompt, each 1 L."""
@@ -67,11 +73,11 @@ class FullModel:
         for k, t in enumerate(denoiser.timesteps):
             guidance = spec.guidance_at(float(t))
             yield State(k=k, timestep=float(t), guidance=guidance, x=x)
-            v = self.velocity(torch.from_numpy(x), float(t), guidance, text_NLD, none_1LD, spec)
+            with torch.no_grad():
+                v = self.velocity(torch.from_numpy(x), float(t), guidance, text_NLD, none_1LD, spec)
             x = denoiser.step(v.cpu().numpy(), x)
         yield State(k=spec.n_steps, timestep=0.0, guidance=1.0, x=x)
 
-    @torch.no_grad()
     def velocity(
         self,
         x_NCTHW: Tensor,
@@ -86,11 +92,11 @@ class FullModel:
         timestep: of all, or N of them, which one expert must serve.
         """
         spec, t_N = spec or self.sampler, torch.as_tensor(timestep).expand(len(x_NCTHW))
-        expert = "transformer_2" if spec.second_expert(float(t_N[0])) else "transformer"
+        expert = "transformer_2" if spec.second_expert(float(t_N[0].detach())) else "transformer"
         n = len(x_NCTHW)
         sides = [text_NLD] if guidance == 1 else [text_NLD, none_1LD.expand(n, -1, -1)]
         latents = torch.cat([x_NCTHW.to(self.device)] * len(sides))
         t = torch.cat([t_N.to(self.device, torch.float32)] * len(sides))
-        v = self.chains[expert].whole(latents, t, torch.cat(sides).to(self.device)).float()
+        v = self._whole[expert](latents, t, torch.cat(sides).to(self.device)).float()
         none = v[-n:]
         return none + guidance * (v[:n] - none)

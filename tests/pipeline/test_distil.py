@@ -24,7 +24,12 @@ _RECIPE = """
 name: few
 summary: two fitted steps, then four bits
 calibration: tiny
-distill: [{use: solver, n_steps: 2, n_clips: 8, prompts: tiny}]
+distill:
+  - use: solver
+    n_steps: 2
+    n_clips: 8
+    prompts: tiny
+    tune: {n_steps: 20, batch: 4, rate: 0.002, compiled: false}
 rules:
   - {match: "transformer/blocks.*.ffn*", weights: int4-g32}
   - {match: "*", weights: keep, why: a test}
@@ -130,3 +135,20 @@ def test_what_distilling_takes_is_foretold(recipe: Recipe, micro_wan: Path, stor
     assert all(found[one].peak_rss_bytes > 0 for one in ("teach", "distill"))
     model = sum(path.stat().st_size for path in micro_wan.rglob("*.safetensors"))
     assert found["distill"].disk_bytes == pytest.approx(model, rel=0.2)
+
+
+def test_a_plan_makes_no_student(
+    micro_wan: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A budget is spent on what the student's layers turn out to contribute; that takes hours."""
+    path = tmp_path / "spent.yaml"
+    path.write_text(
+        _RECIPE.replace("weights: int4-g32", "weights: [int4-g32, int8-channel]").replace(
+            "round:", "budget: 6 bits\nround:"
+        )
+    )
+    store = Store(tmp_path / "store")
+    planned = pipeline.plan(load_recipe(str(path)), str(micro_wan), store, machine=Machine())
+    assert not (store.root / "distill").exists()
+    assert "the student is not made yet" in caplog.text
+    assert len(planned.quantized) > 0

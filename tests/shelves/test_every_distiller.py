@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hbxt_compress.algorithms import DISTILLERS
+from hbxt_compress.algorithms.dmd import Dmd
 from hbxt_compress.algorithms.few_steps import FewSteps
 from hbxt_compress.algorithms.guidance import Guidance
 from hbxt_compress.algorithms.training import Training
@@ -23,13 +24,23 @@ from hbxt_compress.stages.distill import STUDENT, distill
 from hbxt_compress.stages.teach import teach
 from hbxt_compress.store import Entry, Store
 
-_SHORT = Training(n_steps=130, batch=4, rate=1e-3, judge_every=60, average=0.9, warmup=5)
+_SHORT = Training(
+    n_steps=130, batch=4, rate=1e-3, judge_every=60, average=0.9, warmup=5, compiled=False
+)
 SMALL = {
     "guidance": Guidance(train=_SHORT, n_clips=16, prompts="tiny"),
     "trajectory": Trajectory(
         noise_levels=(1.0, 0.8), train=_SHORT, n_clips=16, own_states=0.4, prompts="tiny"
     ),
-    "solver": FewSteps(n_steps=2, n_clips=8, prompts="tiny"),
+    "dmd": Dmd(
+        noise_levels=(1.0, 0.8),
+        train=_SHORT.model_copy(update={"rate": 1e-4, "betas": (0.0, 0.99)}),
+        critic_rate=1e-3,
+        critic_steps=1,
+        n_clips=64,
+        prompts="tiny",
+    ),
+    "solver": FewSteps(n_steps=2, tune=_SHORT, n_clips=8, prompts="tiny"),
 }
 
 
@@ -68,7 +79,7 @@ def test_students_are_models_of_their_family(name: str, micro_wan: Path, tmp_pat
     assert json.loads((entry.folder / "distilled.json").read_text())
 
 
-@pytest.mark.parametrize("name", [n for n in SMALL if hasattr(SMALL[n], "train")])
+@pytest.mark.parametrize("name", DISTILLERS)
 @pytest.mark.parametrize("until", [60, 101, 129])
 def test_a_killed_training_ends_the_same(
     name: str, until: int, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

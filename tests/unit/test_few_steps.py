@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ from hbxt_compress.algorithms.few_steps import (
     fit_coefficients,
     shortest_path,
 )
+from hbxt_compress.algorithms.training import Training
+from hbxt_compress.algorithms.tuned_steps import FittedSolver, relative_errors, tune
+from hbxt_compress.runtime.scheduler import Denoiser
 from hbxt_compress.sampler import SamplerSpec
+from tests.watching import Silent
 
 LEVELS = torch.linspace(1, 0, 13)
 SPEC = SamplerSpec(solver="euler", n_steps=12, shift=1.0, guidance=1.0)
@@ -139,12 +144,77 @@ def test_more_steps_than_the_teacher_took_are_refused() -> None:
 
 
 def test_the_search_helps_clips_that_it_never_saw() -> None:
-    one, said = path(bent, n=48), []
-    spec, found = FewSteps(n_steps=3).fit(bent, one, SPEC, said.append)
-    assert spec.solver == "fitted"
-    assert spec.levels[0] == 1
-    assert spec.n_steps == len(spec.levels) == len(spec.coefficients) == 3
-    judged = one.rows(slice(32, None))
-    assert found.errors[1] < 0.1 * euler_error(bent, judged, (0, 4, 8))
-    assert 0.8 < found.energy < 1.2
-    assert said
+    one, watch = path(bent, n=48), Silent()
+    learnt, judged = one.rows(slice(32)), one.rows(slice(32, None))
+    solver = FewSteps(n_steps=3).fit(bent, learnt, SPEC, watch)
+    eps, clean, text = judged.ends()
+    found = solver(bent, eps, text).detach()
+    assert solver.levels().tolist()[0] == 1
+    lost = float((found - clean).square().sum() / clean.square().sum())
+    assert lost < 0.1 * euler_error(bent, judged, (0, 4, 8))
+    assert 0.8 < float(found.square().sum() / clean.square().sum()) < 1.2
+    assert watch.searches
+
+
+def test_a_finished_search_is_not_repeated() -> None:
+    one, watch = path(bent, n=16), Silent()
+    first = FewSteps(n_steps=3).fit(bent, one, SPEC, watch)
+    n_searches = len(watch.searches)
+    again = FewSteps(n_steps=3).fit(bent, one, SPEC, watch)
+    assert len(watch.searches) == n_searches
+    assert [row.tolist() for row in again.rows] == [row.tolist() for row in first.rows]
+
+
+def test_a_fitted_solver_is_what_the_runtime_does() -> None:
+    solver = FittedSolver((1.0, 0.7, 0.2), ((1, -0.3), (0.9, -0.2, -0.5), (1, 0, -0.4, -0.3)))
+    torch.testing.assert_close(solver.levels(), torch.tensor([1.0, 0.7, 0.2]))
+    spec = replace(
+        SPEC, solver="fitted", n_steps=3, levels=tuple(solver.levels().tolist()),
+        coefficients=tuple(tuple(row.tolist()) for row in solver.rows),
+    )  # fmt: skip
+    one, denoiser = path(bent, n=2, fine=1), Denoiser(spec)
+    eps, _, text = one.ends()
+    x = eps.numpy()
+    for t in denoiser.timesteps:
+        x = denoiser.step(bent(torch.from_numpy(x), float(t) / 1000, text).numpy(), x)
+    found = solver(bent, eps, text).detach()
+    torch.testing.assert_close(found, torch.from_numpy(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_go_through_levels_and_every_step() -> None:
+    """Against central differences, in float64."""
+    one = path(bent, n=2, fine=1)
+    eps, clean, text = (x.double() for x in one.ends())
+    solver = FittedSolver((1.0, 0.6), ((1, -0.4), (1, -0.1, -0.5))).double()
+
+    def loss() -> Tensor:
+        lost = (solver(bent, eps, text) - clean).square().sum()
+        return lost / clean.square().sum()
+
+    loss().backward()
+    for parameter in solver.parameters():
+        for i in range(parameter.numel()):
+            values = []
+            for move in (1e-6, -2e-6, 1e-6):  # there, to the other side, and back
+                with torch.no_grad():
+                    parameter[i] += move
+                    values.append(float(loss()))
+            slope = (values[0] - values[1]) / 2e-6
+            assert float(parameter.grad[i]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def test_tuning_all_together_goes_beyond_fitting_one_by_one() -> None:
+    one, watch = path(bent, n=96), Silent()
+    learnt, held_out = one.rows(slice(64)), one.rows(slice(64, None))
+    fit = fit_coefficients(bent, learnt, held_out, (0, 5), 1e-6)
+    solver = FittedSolver([1.0, float(LEVELS[5])], fit.coefficients)
+    how = Training(
+        n_steps=200, batch=32, rate=5e-3, warmup=5, average=0.9, judge_every=50,
+        precision="float32", compiled=False,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    before, after = tune(solver, bent, learnt.ends(), held_out.ends(), how, device, watch)
+    assert after < 0.8 * before
+    eps, clean, text = held_out.ends()
+    errors = relative_errors(solver(bent, eps, text).detach(), clean)
+    assert float(errors.mean()) == pytest.approx(after)

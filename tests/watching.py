@@ -1,0 +1,38 @@
+"""A Watch for tests of algorithms: keeps what it is told, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+__all__ = ["Silent"]
+
+
+class Silent:
+    """Remembers checkpoints, losses and judgements."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[str, Tensor]] = {}
+        self.losses: list[Mapping[str, float]] = []
+        self.scores: list[float] = []
+        self.searches: list[float] = []
+
+    def step(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        self.losses.append(values)
+
+    def judged(self, done: int, score: float) -> None:
+        self.scores.append(score)
+
+    def searched(self, done: int, most: int, error_db: float) -> None:
+        self.searches.append(error_db)
+
+    def save(self, name: str, state: Mapping[str, Tensor]) -> None:
+        self.kept[name] = {key: one.detach().clone() for key, one in state.items()}
+
+    def load(self, name: str) -> Mapping[str, Tensor] | None:
+        return self.kept.get(name)
+
+    def keep_batch(self, step: int, batch: Mapping[str, Tensor]) -> str:
+        self.save(f"batch-{step}", batch)
+        return f"batch-{step}"
