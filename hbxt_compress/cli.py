@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from hbxt_compress import ending
+from hbxt_compress.cli_import import import_
 from hbxt_compress.errors import (
     CheckFailed,
     QualityGateFailed,
@@ -374,6 +375,9 @@ def copy(recipe: str, file: Path) -> None:
     text = library.find("recipes", recipe).read_text(encoding="utf-8")
     name = re.sub(r"[^a-z0-9._-]+", "-", file.stem.lower()).strip("-._") or "recipe"
     file.write_text(re.sub(r"(?m)^name: .*$", f"name: {name}", text, count=1), encoding="utf-8")
+
+
+hbxt.add_command(import_)
 
 
 def _promised_suite(recipe: object) -> str:

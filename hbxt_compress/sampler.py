@@ -196,6 +196,30 @@ class SamplerSpec:
             raise ArtifactError(f"the sampler is not readable: {error}") from error
 
     @classmethod
+    def distilled(
+        cls, steps: Sequence[int], shift: float, *, n_train_timesteps: int = 1000
+    ) -> Self:
+        """The sampler of a student that was distilled to a few timesteps, without guidance.
+
+        It predicts the clean latents at each step and adds noise again. A step s of n starts at the
+        level shift * l / (1 + (shift - 1) * l) with l = s / n, as DMD trainers warp theirs.
+
+        Raises:
+            UsageError: the steps do not fall within 1..n_train_timesteps, or shift is not positive.
+        """
+        n = n_train_timesteps
+        if not steps or any(a <= b for a, b in pairwise((n + 1, *steps, 0))):
+            shown = ",".join(str(step) for step in steps)
+            raise UsageError(f"steps {shown}: must fall within 1..{n}, such as 1000,750,500")
+        if not (math.isfinite(shift) and shift > 0):
+            raise UsageError(f"shift {shift}: must be a positive number; Hummingbird-XT's is 5")
+        levels = tuple(shift * (s / n) / (1 + (shift - 1) * (s / n)) for s in steps)
+        return cls(
+            solver="renoise", n_steps=len(levels), shift=shift, guidance=1.0, levels=levels,
+            n_train_timesteps=n,
+        )  # fmt: skip
+
+    @classmethod
     def from_diffusers(
         cls,
         config: Mapping[str, object],

@@ -156,9 +156,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 def read_headers(folder: Path) -> dict[str, Header]:
     """Every tensor of a component folder from its safetensors headers alone, sharded or not.
 
-    Raises SourceError for a folder without weights, and for files cut short or not safetensors.
+    A single file will do as well. Raises SourceError for a folder without weights, and for files
+    cut short or not safetensors.
     """
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise SourceError(f"{folder}: no .safetensors file (pickled checkpoints are never loaded)")
     found: dict[str, Header] = {}

@@ -20,20 +20,21 @@ from hbxt_compress import disk
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.source import Header, read_headers
 
-__all__ = ["Weights"]
+__all__ = ["DTYPES", "Weights"]
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _UNKNOWN: Mapping[Path, tuple[int, int]] = MappingProxyType({})
 _AT_ONCE = 1 << 20  # bytes
-_DTYPES: Final = {
+DTYPES: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+"""by the names that safetensors has for them"""
 
 
 class Weights:
-    """A component folder's tensors by name, sharded or not.
+    """A component folder's tensors by name, sharded or not; or those of one file.
 
     second_names: name -> the name under which the files hold that tensor, for those (tied) that
     they may hold only once. stamps: file -> (bytes, mtime in ns) that it must have when it is read.
@@ -85,6 +86,18 @@ class Weights:
         """
         header = self._place(name)[1]
         values = torch.empty(header.shape)
+        with self._open(header) as file:
+            self._fill(file, header, 0, values.view(-1))
+        return values
+
+    def stored(self, name: str) -> Tensor:
+        """A copy of the tensor in the dtype that it is stored in, finite or not.
+
+        Raises:
+            SourceError: there is no such tensor, or its file has changed.
+        """
+        header = self._place(name)[1]
+        values = torch.empty(header.shape, dtype=DTYPES[header.dtype])
         with self._open(header) as file:
             self._fill(file, header, 0, values.view(-1))
         return values
@@ -153,8 +166,8 @@ class Weights:
         return file
 
     def _fill(self, file: BinaryIO, header: Header, first: int, values_N: Tensor) -> None:
-        """Puts a tensor's numbers, from the `first` on, into a flat float32 tensor."""
-        dtype = _DTYPES[header.dtype]
+        """Puts a tensor's numbers, from the `first` on, into a flat tensor of any dtype."""
+        dtype = DTYPES[header.dtype]
         step = _AT_ONCE // dtype.itemsize
         buffer = torch.empty(min(step, len(values_N)), dtype=dtype)
         file.seek(header.offset + first * dtype.itemsize)

@@ -54,6 +54,9 @@ ROWS = (
         "trajectories",
         "lessons",
         "chain",
+        "checkpoint",
+        "lora",
+        "tensor_file",
         "allocation",
     },
     {"formats", "algorithms", "models", "metrics", "graph", "render", "runtime"},
@@ -66,7 +69,7 @@ ROWS = (
     {"smoke"},
     {"show", "progress", "stopping", "doctor", "reference"},
     {"show_fit"},
-    {"ending", "film"},
+    {"ending", "film", "cli_import"},
     {"cli", "__init__"},
     {"__main__"},
 )
@@ -83,6 +86,9 @@ SIDEWAYS = {
     ("quantized", "layers"): "keyed by layer name",
     ("weights", "source"): "which file holds a tensor stands in the headers",
     ("chain", "weights"): "a skeleton reads the weights of the block that runs",
+    ("checkpoint", "weights"): "safetensors files are read as a component's are",
+    ("tensor_file", "weights"): "names of dtypes",
+    ("lora", "checkpoint"): "it is one",
     ("formats", "graph"): "a format emits its own nodes with graph.builder",
     ("graph", "formats"): "export asks each weight's format for its nodes",
     ("models", "graph"): "a family describes its graphs with graph.builder",
@@ -95,7 +101,7 @@ RUNTIME_MAY_USE = {
 
 # library -> the only places that may import it
 HOMES = {
-    "click": {"cli", "ending"},
+    "click": {"cli", "cli_import", "ending"},
     "rich": {"show", "progress"},
     "pydantic": {"strict", "recipe", "profile", "suite", "prompts", "algorithms", "store", "graph"},
     "pydantic_core": {"strict"},
@@ -119,9 +125,9 @@ HOMES = {
     "matplotlib": {"render"},
     "PIL": {"render", "clips"},
     "torch": {
-        "algorithms", "chain", "costs", "fit", "formats", "graph", "lessons", "metrics", "models",
-        "quantized", "ranks", "reference", "stages", "stats", "torchvision_ops", "trajectories",
-        "weights",
+        "algorithms", "chain", "checkpoint", "costs", "fit", "formats", "graph", "lessons", "lora",
+        "metrics", "models", "quantized", "ranks", "reference", "stages", "stats", "tensor_file",
+        "torchvision_ops", "trajectories", "weights",
     },
 }  # fmt: skip
 

@@ -105,6 +105,12 @@ class Family(Protocol):
         are not the tensors that config.json asks for.
         """
 
+    def expected(self, source: Source, component: str) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor that config.json asks for; no weights need be there."""
+
+    def original_name(self, name: str) -> str:
+        """What the authors' own code calls the transformer's tensor that diffusers calls so."""
+
     def weights(self, source: Source, component: str) -> Weights:
         """The tensors behind a skeleton's parameters, and all others of the component's folder."""
 

@@ -20,6 +20,7 @@ from hbxt_compress.graph.capture import ComponentGraphs, GraphSpec
 from hbxt_compress.layers import Depth, LayerKind, LayerName, LayerSpec, Pair
 from hbxt_compress.manifest import Bucket
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
+from hbxt_compress.models.wan_original import original_name
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import STUDENTS_SAMPLER, SamplerSpec
 from hbxt_compress.source import Header, Source, read_headers
@@ -268,6 +269,13 @@ class Wan:
             ),
             Pair(first=f"{at}.ffn.net.0.proj", second=f"{at}.ffn.net.2", joint="hidden"),
         )
+
+    def expected(self, source: Source, component: str) -> Mapping[str, tuple[int, ...]]:
+        module = _empty(source, _FOLDER.get(component, component), component)
+        return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+    def original_name(self, name: str) -> str:
+        return original_name(name)
 
     def weights(self, source: Source, component: str) -> Weights:
         # the embedding is tied; a checkpoint may hold it once
