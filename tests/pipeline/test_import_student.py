@@ -25,7 +25,7 @@ calibration: tiny
 rules:
   - {match: "transformer/blocks.*.ffn*", weights: int4-g32}
   - {match: "*", weights: keep, why: a test}
-round: {use: gptq}
+round: {use: rtn}
 accept: {suite: tiny}
 """
 
