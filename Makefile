@@ -26,7 +26,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-w8a8 bench-fit cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-students bench-w8a8 bench-fit cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -85,6 +85,9 @@ bench-scale: $(VENV)/installed ## time and memory at SIZES against the machine's
 
 bench-speed: $(VENV)/installed ## a step of every component beside torch, and recipes beside float32: build/bench/speed.{json,md}
 	$(BIN)/python tests/bench/speed.py --out $(BUILD)/bench
+
+bench-students: $(VENV)/installed ## students beside their teacher, 256 clips each: build/bench/students.{json,md}
+	$(BIN)/python tests/bench/students.py --out $(BUILD)/bench
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json
