@@ -124,7 +124,7 @@ class ShownModel:
 
     def encoded(self) -> Counted:
         """The VAE's encoder on one clip."""
-        module = self.family.skeleton(self.source, "vae_decoder").to("meta")
+        module = self.family.skeleton(self.source, "vae").to("meta")
         size = self._shown.size
         with torch.device("meta"):
             frames = torch.zeros(1, 3, size.n_frames, size.height, size.width)

@@ -23,7 +23,7 @@ __all__ = ["lower_convolutions"]
 
 
 def lower_convolutions(model: ir.Model, storage: Storage) -> None:
-    """Before: hbxt::Conv(x T C H W, weight O C K h w, bias, K-1 frames before). After: Conv, Add.
+    """Before: hbxt::Conv(x T C H W, weight O C/g K h w, bias, K-1 frames before). After: Conv, Add.
 
     The weight is stored under its layer's name, frame by frame if it has several.
     """
@@ -35,6 +35,7 @@ def lower_convolutions(model: ir.Model, storage: Storage) -> None:
         module = name_of(weight).removeprefix("model.").removesuffix(".weight")
         stored = storage.of(f"{storage.component}/{module}", content_of(weight))
         emit = partial(_weights, stored.format, module, builder.shape_of(weight))
+        groups = node.attributes["group"].as_int()
         out: Value | None = None
         for frames, part in zip(
             _windows(builder, module, x, before, builder.shape_of(weight)[2]),
@@ -53,6 +54,7 @@ def lower_convolutions(model: ir.Model, storage: Storage) -> None:
                 shape=builder.shape_of(node.outputs[0]),
                 kernel_shape=builder.shape_of(weight)[3:],
                 pads=node.attributes["pads"].as_ints(),
+                **({} if groups == 1 else {"group": groups}),
             )
             if out is not None:
                 convolved = builder.node("Add", [out, convolved], shape=builder.shape_of(out))

@@ -121,8 +121,9 @@ def convolve_frames(
     *,
     padding: tuple[int, int],
     before: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """T O H W of frames T C H W: Conv3d with a weight O C K h w, stride 1, as one node.
+    """T O H W of frames T C H W: Conv3d with a weight O C/groups K h w, stride 1, as one node.
 
     before: the K-1 frames that came before, K-1 C H W; None: zeros, of which a single frame may do
     without. padding: zeros above and below, left and right.
@@ -135,7 +136,7 @@ def convolve_frames(
     return torch.onnx.ops.symbolic(
         f"{OWN_DOMAIN}::Conv",
         (frames, weight, bias, before),
-        {"pads": [*padding, *padding]},
+        {"pads": [*padding, *padding], "group": groups},
         dtype=frames.dtype,
         shape=(n_frames, n_out, *sizes),
         version=1,

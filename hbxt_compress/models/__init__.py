@@ -115,7 +115,10 @@ class Family(Protocol):
         """The tensors behind a skeleton's parameters, and all others of the component's folder."""
 
     def load(self, source: Source, component: str) -> nn.Module:
-        """The component's module in float32 and eval mode, every weight checked finite."""
+        """The component's module in float32 and eval mode, every weight checked finite.
+
+        This, `skeleton` and `weights` also take "vae": all of it, with its encoder and own decoder.
+        """
 
 
 MODELS: Final[Mapping[str, Family]] = {"wan": Wan()}

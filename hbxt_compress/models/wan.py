@@ -8,10 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from hbxt_compress.chain import Chain
 from hbxt_compress.errors import ArtifactError, SourceError, listing
@@ -19,23 +16,26 @@ from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.capture import ComponentGraphs, GraphSpec
 from hbxt_compress.layers import Depth, LayerKind, LayerName, LayerSpec, Pair
 from hbxt_compress.manifest import Bucket
+from hbxt_compress.models.light_decoder import LightDecoder
+from hbxt_compress.models.light_decoder_graph import light_decoder_graphs
+from hbxt_compress.models.wan_folder import (
+    CLASSES,
+    empty,
+    folder_of,
+    headers_of,
+    require_agreement,
+    vae_factors,
+)
 from hbxt_compress.models.wan_graph import text_encoder_graphs, transformer_graphs
 from hbxt_compress.models.wan_original import original_name
 from hbxt_compress.models.wan_vae_graph import vae_decoder_graphs
 from hbxt_compress.sampler import STUDENTS_SAMPLER, SamplerSpec
-from hbxt_compress.source import Header, Source, read_headers
+from hbxt_compress.source import Header, Source
 from hbxt_compress.tile import Tile
 from hbxt_compress.weights import Weights
 
 __all__ = ["Wan"]
 
-_CLASSES: Final = {
-    "text_encoder": UMT5EncoderModel,
-    "transformer": WanTransformer3DModel,
-    "transformer_2": WanTransformer3DModel,
-    "vae_decoder": AutoencoderKLWan,
-}
-_FOLDER: Final = {"vae_decoder": "vae"}
 _BLOCK_PREFIX: Final = {
     "text_encoder": "encoder.block.",
     "transformer": "blocks.",
@@ -56,7 +56,11 @@ _DEPTHS: Final = {
 
 
 class Wan:
-    """WanPipeline folders. The VAE's encoder serves calibration only and is not exported."""
+    """WanPipeline folders. The VAE's encoder serves calibration only and is not exported.
+
+    A folder `decoder/`, see light_decoder.py, goes before the decoder in `vae/`. `vae` names the
+    whole VAE for those that load it; it is no component.
+    """
 
     name = "wan"
     pipelines = frozenset({"WanPipeline"})
@@ -71,12 +75,11 @@ class Wan:
         found = ("text_encoder", *experts, "vae_decoder")
         problems = []
         for component in found:
-            entry = (index.get(_FOLDER.get(component, component)) or [None, None])[1]
-            expected = _CLASSES[component].__name__
+            listed = "vae" if component == "vae_decoder" else component
+            entry = (index.get(listed) or [None, None])[1]
+            expected = CLASSES[component].__name__
             if entry != expected:
-                problems.append(
-                    f"{_FOLDER.get(component, component)}: is {entry}, expected {expected}"
-                )
+                problems.append(f"{listed}: is {entry}, expected {expected}")
         if problems:
             raise SourceError(
                 f"{source.folder / 'model_index.json'}: not a Wan model\n" + listing(problems)
@@ -94,14 +97,14 @@ class Wan:
             )
             for component in self.components(source)
             for name, header in sorted(
-                _headers(source, component).items(), key=lambda item: _natural(item[0])
+                headers_of(source, component).items(), key=lambda item: _natural(item[0])
             )
             if name.endswith(".weight") and len(header.shape) >= 2
         )
 
     def parameters(self, source: Source) -> Mapping[str, int]:
         return {
-            component: sum(math.prod(h.shape) for h in _headers(source, component).values())
+            component: sum(math.prod(h.shape) for h in headers_of(source, component).values())
             for component in self.components(source)
         }
 
@@ -141,7 +144,7 @@ class Wan:
     ) -> tuple[int, int, int, int]:
         """C T H W of the latents for a clip, or for this source's geometry."""
         clip = clip or self.geometry(source)
-        time, space = _vae_factors(source)
+        time, space = vae_factors(source)
         return (
             source.config("vae/config.json")["z_dim"],
             (clip.n_frames - 1) // time + 1,
@@ -152,7 +155,7 @@ class Wan:
     def tokens(self, source: Source, clip: Geometry) -> int:
         config = source.config("transformer/config.json")
         _, rows, columns = config["patch_size"]
-        time, space = _vae_factors(source)
+        time, space = vae_factors(source)
         most = config.get("rope_max_seq_len", 1024)
         sides = (
             ("n_frames", clip.n_frames, time, 1),
@@ -207,7 +210,9 @@ class Wan:
             return text_encoder_graphs(module, text_length=length)
         graphs: dict[str, GraphSpec] = {}
         for bucket in self.buckets(source, clips):
-            if component == "vae_decoder":
+            if component == "vae_decoder" and isinstance(module, LightDecoder):
+                one = light_decoder_graphs(module, bucket)
+            elif component == "vae_decoder":
                 one = vae_decoder_graphs(module, bucket)
             else:
                 one = transformer_graphs(
@@ -232,6 +237,8 @@ class Wan:
         """The frames, B C T H W in -1..1, that a loaded VAE makes of a sampler's latents."""
         mean, std = self._statistics(source)
         latents_BCTHW = latents_BCTHW * std.to(latents_BCTHW) + mean.to(latents_BCTHW)
+        if isinstance(module, LightDecoder):
+            return module(latents_BCTHW).clamp(-1, 1)  # type: ignore[no-any-return]
         return module.decode(latents_BCTHW, return_dict=False)[0]  # type: ignore[operator]
 
     def encode(self, source: Source, module: nn.Module, frames_BCTHW: Tensor) -> Tensor:
@@ -280,12 +287,12 @@ class Wan:
     def weights(self, source: Source, component: str) -> Weights:
         # the embedding is tied; a checkpoint may hold it once
         tied = {"encoder.embed_tokens.weight": "shared.weight"}
-        folder = source.folder / _FOLDER.get(component, component)
+        folder = source.folder / folder_of(source, component)
         return Weights(folder, tied if component == "text_encoder" else {}, source.stamps)
 
     def skeleton(self, source: Source, component: str) -> nn.Module:
-        module = _empty(source, _FOLDER.get(component, component), component)
-        _require_agreement(module, self.weights(source, component))
+        module = empty(source, component)
+        require_agreement(module, self.weights(source, component))
         return module.eval().requires_grad_(False)
 
     def load(self, source: Source, component: str) -> nn.Module:
@@ -308,65 +315,9 @@ def _velocity(transformer: nn.Module, latents: Tensor, t: Tensor, text: Tensor) 
     return transformer(latents, t, text, return_dict=False)[0]
 
 
-def _empty(source: Source, folder: str, component: str) -> nn.Module:
-    """The module that config.json describes: parameters on the meta device, buffers real."""
-    config, kind = source.config(f"{folder}/config.json"), _CLASSES[component]
-    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
-    if found != kind.__name__:
-        raise SourceError(
-            f"{source.folder / folder / 'config.json'}: describes {found}, expected {kind.__name__}"
-        )
-    with torch.device("meta"):
-        if kind is UMT5EncoderModel:
-            return UMT5EncoderModel(UMT5Config(**config))
-        module = kind.from_config(config)
-    if isinstance(module, WanTransformer3DModel):  # its tables are computed, no file has them
-        rope = module.rope
-        module.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
-    return module
-
-
-def _require_agreement(module: nn.Module, weights: Weights) -> None:
-    """Raises SourceError unless the files hold just the tensors that the module has."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    names = set(weights.names)
-    problems = [f"missing: {name}" for name in expected if name not in names]
-    problems += [f"unexpected: {name}" for name in weights.names if name not in expected]
-    problems += [
-        f"{name}: has shape {list(weights.shape(name))}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in names and weights.shape(name) != shape
-    ]
-    if problems:
-        raise SourceError(
-            f"{weights.folder}: weights and config.json disagree:\n{listing(problems)}"
-        )
-
-
-def _vae_factors(source: Source) -> tuple[int, int]:
-    """Frames of a clip to one of latents, and pixels to one along height and width."""
-    vae = source.config("vae/config.json")
-    return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-
-
 def _generation(source: Source) -> dict[str, Any]:
     present = "generation_config.json" in source.files
     return source.config("generation_config.json") if present else {}
-
-
-def _headers(source: Source, component: str) -> dict[str, Header]:
-    headers = read_headers(source.folder / _FOLDER.get(component, component))
-    if component == "vae_decoder":
-        return {
-            name: h
-            for name, h in headers.items()
-            if name.startswith(("decoder.", "post_quant_conv."))
-        }
-    if (
-        component == "text_encoder"
-    ):  # a tied copy of the embedding that some checkpoints store twice
-        headers.pop("encoder.embed_tokens.weight", None)
-    return headers
 
 
 def _kind(name: str, header: Header) -> LayerKind:

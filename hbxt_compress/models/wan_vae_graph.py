@@ -1,10 +1,9 @@
 """Export wrappers of the Wan VAE decoder: a graph for the first latent frame, one for each later.
 
 Inside, frames are the batch, T C H W: no runtime has to know more than two axes of pixels, and what
-doubles the frames only reshapes. A cache is the last two input frames of a causal convolution, zero
-before the clip begins, handed on as 2 C H W. diffusers keeps one frame after the first chunk and
-marks a temporal up-sampling that has not run yet ("Rep"); both equal two frames padded with zeros
-in front. Shapes: C channels, T frames (1 in, 1 or 4 out), H W.
+doubles the frames only reshapes. Caches are those of decoder_steps.py. diffusers keeps one frame
+after the first chunk and marks a temporal up-sampling that has not run yet ("Rep"); both equal two
+frames padded with zeros in front. Shapes: C channels, T frames (1 in, 1 or 4 out), H W.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from __future__ import annotations
 from hbxt_compress.torchvision_ops import mend_torchvision
 
 mend_torchvision()
-
-from collections.abc import Sequence  # noqa: E402
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKLWan  # noqa: E402
@@ -31,22 +28,15 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (  # noqa: E402
     unpatchify,
 )
 from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
 
-from hbxt_compress.graph.capture import (  # noqa: E402
-    ComponentGraphs,
-    GraphSpec,
-    TensorSpec,
-    without_values,
-)
+from hbxt_compress.graph.capture import ComponentGraphs  # noqa: E402
 from hbxt_compress.graph.ops import attend, convolve_frames, shared_copy, swap  # noqa: E402
 from hbxt_compress.manifest import Bucket  # noqa: E402
+from hbxt_compress.models.decoder_steps import Past, step_graphs  # noqa: E402
 from hbxt_compress.models.wan_graph import public_config  # noqa: E402
-from hbxt_compress.tile import Tile  # noqa: E402
 
 __all__ = ["vae_decoder_graphs"]
 
-_KEPT_FRAMES = 2
 # diffusers divides by at least 1e-12 / sqrt(C), which a provider that runs in float16 rounds to 0.
 _LEAST_RMS = 2.0**-24
 
@@ -55,26 +45,6 @@ def vae_decoder_graphs(
     vae: AutoencoderKLWan, bucket: Bucket, *, component: str = "vae_decoder"
 ) -> ComponentGraphs:
     """The graphs that a bucket names, for whole frames and for tiles; one latent frame a call."""
-    channels, _, height, width = bucket.latent_shape
-    graphs = _steps(vae, bucket, (channels, height, width))
-    if (tile := bucket.tile) is not None:
-        factor = bucket.geometry.height // height
-        shape = (channels, tile.height // factor, tile.width // factor)
-        graphs |= _steps(vae, tile, shape)
-    return ComponentGraphs(component=component, graphs=graphs, config=public_config(vae.config))
-
-
-def _steps(
-    vae: AutoencoderKLWan, names: Bucket | Tile, shape: tuple[int, int, int]
-) -> dict[str, GraphSpec]:
-    """Both graphs for latents C H W."""
-    channels, height, width = shape
-    frame = TensorSpec(shape=(1, channels, 1, height, width))
-    first = _FirstStep(vae)
-    with without_values(first), torch.no_grad():
-        _, *kept = first(torch.zeros(frame.shape))
-    caches = {f"cache_in_{i}": TensorSpec(shape=tuple(kept[i].shape)) for i in range(len(kept))}
-    outputs = ["sample", *(f"cache_out_{i}" for i in range(len(kept)))]
 
     def next_sample(latent: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         caches = [frames.transpose(0, 1)[None] for frames in past]
@@ -82,43 +52,14 @@ def _steps(
         x = x if vae.config.patch_size is None else unpatchify(x, vae.config.patch_size)
         return (torch.clamp(x, min=-1.0, max=1.0),)
 
-    return {
-        names.first: GraphSpec(
-            module=first,
-            inputs={"latent_sample": frame},
-            outputs=outputs,
-            reference=lambda latent: vae.decode(latent, return_dict=False),
-        ),
-        names.next: GraphSpec(
-            module=_NextStep(vae),
-            inputs={"latent_sample": frame, **caches},
-            outputs=outputs,
-            reference=next_sample,
-        ),
-    }
-
-
-class _Past:
-    """The caches of a step in the order in which convolutions ask for them; None in the first."""
-
-    def __init__(self, caches: Sequence[Tensor] | None) -> None:
-        self._caches = None if caches is None else list(caches)
-        self.first = caches is None
-        self.kept: list[Tensor] = []
-
-    def before(self, x: Tensor) -> Tensor | None:
-        """The two frames before x, T C H W; of all these the last two are kept."""
-        if self._caches is None:
-            self.kept.append(functional.pad(x, (0, 0, 0, 0, 0, 0, _KEPT_FRAMES - 1, 0)))
-            return None
-        found, n_missing = self._caches.pop(0), max(0, _KEPT_FRAMES - x.shape[0])
-        kept = x[-_KEPT_FRAMES:]
-        self.kept.append(torch.cat([found[-n_missing:], kept]) if n_missing else kept)
-        return found
-
-    def begin(self, x: Tensor) -> None:
-        """Keeps zeros, as if there had been no x."""
-        self.kept.append(x.new_zeros(_KEPT_FRAMES, *x.shape[1:]))
+    graphs = step_graphs(
+        _FirstStep(vae),
+        _NextStep(vae),
+        bucket,
+        first_reference=lambda latent: vae.decode(latent, return_dict=False),
+        next_reference=next_sample,
+    )
+    return ComponentGraphs(component=component, graphs=graphs, config=public_config(vae.config))
 
 
 class _Step(nn.Module):
@@ -132,7 +73,7 @@ class _Step(nn.Module):
         )
         swap(self.model, _swaps)
 
-    def decode(self, latent: Tensor, past: _Past) -> tuple[Tensor, ...]:
+    def decode(self, latent: Tensor, past: Past) -> tuple[Tensor, ...]:
         """sample 1 C T H W in -1..1, then the new caches, two frames each."""
         x = self.model["post_quant_conv"](latent.transpose(1, 2)[0])
         x = torch.clamp(self.model["decoder"](x, past), min=-1.0, max=1.0)
@@ -144,12 +85,12 @@ class _Step(nn.Module):
 
 class _FirstStep(_Step):
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, _Past(None))
+        return self.decode(latent, Past(None))
 
 
 class _NextStep(_Step):
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, _Past(caches))
+        return self.decode(latent, Past(caches))
 
 
 def _swaps(_: str, module: nn.Module) -> nn.Module | None:
@@ -182,7 +123,7 @@ class _Decoder(nn.Module):
         self.norm_out, self.nonlinearity = decoder.norm_out, decoder.nonlinearity
         self.conv_out = decoder.conv_out
 
-    def forward(self, x: Tensor, past: _Past) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:
         x = self.conv_in(x, past)
         before, *after = self.mid_block.resnets
         x = before(x, past)
@@ -193,7 +134,7 @@ class _Decoder(nn.Module):
         return self.conv_out(self.nonlinearity(self.norm_out(x)), past)
 
 
-def _raised(block: WanUpBlock | WanResidualUpBlock, x: Tensor, past: _Past) -> Tensor:
+def _raised(block: WanUpBlock | WanResidualUpBlock, x: Tensor, past: Past) -> Tensor:
     """What an up block of either kind makes of frames."""
     into = x
     for resnet in block.resnets:
@@ -214,7 +155,7 @@ class _ResidualBlock(nn.Module):
         self.norm2, self.conv2 = block.norm2, block.conv2
         self.conv_shortcut, self.nonlinearity = block.conv_shortcut, block.nonlinearity
 
-    def forward(self, x: Tensor, past: _Past) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:
         shortcut = self.conv_shortcut(x)
         x = self.conv1(self.nonlinearity(self.norm1(x)), past)
         return self.conv2(self.nonlinearity(self.norm2(x)), past) + shortcut
@@ -229,7 +170,7 @@ class _CausalConv(nn.Module):
         left, _, top, _, self.n_past, _ = conv._padding
         self.padding = (top, left)
 
-    def forward(self, x: Tensor, past: _Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         before = past.before(x) if self.n_past and past is not None else None
         return convolve_frames(x, self.weight, self.bias, padding=self.padding, before=before)
 
@@ -270,7 +211,7 @@ class _Upsample(nn.Module):
         self.time_conv = getattr(resample, "time_conv", None)
         self.resample = resample.resample
 
-    def forward(self, x: Tensor, past: _Past) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:
         if self.time_conv is not None and past.first:
             past.begin(x)
         elif self.time_conv is not None:
@@ -287,7 +228,7 @@ class _RepeatUpsample(nn.Module):
         self.repeats, self.out_channels = shortcut.repeats, shortcut.out_channels
         self.factor_t, self.factor_s = shortcut.factor_t, shortcut.factor_s
 
-    def forward(self, x: Tensor, past: _Past) -> Tensor:
+    def forward(self, x: Tensor, past: Past) -> Tensor:
         t, c, h, w = x.shape
         f_t, f_s = self.factor_t, self.factor_s
         x = x[:, :, None].expand(t, c, self.repeats, h, w)

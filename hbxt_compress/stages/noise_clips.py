@@ -36,7 +36,7 @@ __all__ = ["FACTS", "VERSION", "clip_geometry", "noise_clips"]
 VERSION = 1
 FACTS = ("torch", "diffusers", "transformers", "av")
 log = logging.getLogger(__name__)
-_ENCODER = "vae_decoder"  # the VAE is loaded whole, by the name of its half that ships
+_ENCODER = "vae"
 
 
 def noise_clips(work: Work, source: Source, prompts: PromptSet, on: Machine) -> None:
