@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from hbxt_compress.algorithms import AnyDistiller
+from hbxt_compress.algorithms import AnyDecoder, AnyDistiller
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.costs.prediction import (
     Prediction,
@@ -21,6 +21,7 @@ from hbxt_compress.costs.prediction import (
 from hbxt_compress.costs.rates import find_rates
 from hbxt_compress.errors import PlanError, SourceError, listing
 from hbxt_compress.geometry import Geometry
+from hbxt_compress.lightened import as_if_lightened
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
 from hbxt_compress.plan import (
@@ -40,6 +41,7 @@ from hbxt_compress.source import Source, locate
 from hbxt_compress.stages.calibrate import calibrate
 from hbxt_compress.stages.distill import STUDENT, distill
 from hbxt_compress.stages.export import export
+from hbxt_compress.stages.lighten import lighten
 from hbxt_compress.stages.noise_clips import clip_geometry, noise_clips
 from hbxt_compress.stages.probe import probe, read_damages
 from hbxt_compress.stages.quantize import quantize
@@ -48,6 +50,7 @@ from hbxt_compress.stages.refine import refine
 from hbxt_compress.stages.report import report, weights_at_hand
 from hbxt_compress.stages.sample import sample
 from hbxt_compress.stages.teach import teach
+from hbxt_compress.stages.view import n_real_clips, view
 from hbxt_compress.store import Entry, Missing, Store
 from hbxt_compress.suite import Suite
 
@@ -63,14 +66,17 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     Reads nothing but file headers, unless the recipe has a budget: then the layers are measured.
     Those of a student that is still to be made cannot be: its plan is assumed, as by `foresee`.
     """
+    located = locate(model, hashed=False)
     if recipe.budget is None:
-        return _plan(recipe, locate(model, hashed=False), store, machine)
+        with as_if_lightened(located, recipe.decoder) as student:
+            return _plan(recipe, student, store, machine)
     source = _located(model, store)
     try:
-        student = _student(recipe.distill, source, store.peek(), Machine())
+        student = _student(recipe.distill, recipe.decoder, source, store.peek(), Machine())
     except Missing:
         log.warning("plan: the student is not made yet; its budget's smallest formats are assumed")
-        return _assumed(recipe, source)
+        with as_if_lightened(located, recipe.decoder) as student:
+            return _assumed(recipe, student)
     return _plan(recipe, student, store, machine)
 
 
@@ -82,22 +88,22 @@ def foresee(
     A budget's plan is assumed: its weights in their smallest formats. The machine is measured for
     some seconds, on the store's disk, unless that was done lately; renew: even then.
     """
-    source = locate(model, hashed=False)
-    planned = _assumed(recipe, source)
-    prompts = None if planned.shown is None else load_prompts(recipe.calibration)
-    costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
+    with as_if_lightened(locate(model, hashed=False), recipe.decoder) as source:
+        planned = _assumed(recipe, source)
+        prompts = None if planned.shown is None else load_prompts(recipe.calibration)
+        costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
     rates = find_rates(store.root / "rates.json", renew=renew)
     return planned, predict(costs, rates, ())
 
 
 def require_room_for(recipe: Recipe, model: str, store: Store, *, out: Path | None = None) -> None:
     """Raises PlanError if memory or disk will not do for what is not done yet, with the numbers."""
-    source = locate(model, hashed=False)
-    planned = _assumed(recipe, source)
-    if is_small(planned, source):
-        return
-    prompts = None if planned.shown is None else load_prompts(recipe.calibration)
-    costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
+    with as_if_lightened(locate(model, hashed=False), recipe.decoder) as source:
+        planned = _assumed(recipe, source)
+        if is_small(planned, source):
+            return
+        prompts = None if planned.shown is None else load_prompts(recipe.calibration)
+        costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
     artifact_bytes = sum(one["after"] for one in planned.components().values())
 
     def check(done: Collection[str]) -> None:
@@ -120,7 +126,7 @@ def compress(
     sizes: of the clips that it is to generate, as 704x1280x121,480x832x81; None: the model's own.
     """
     source = _located(model, store)
-    student = _student(recipe.distill, source, store, machine)
+    student = _student(recipe.distill, recipe.decoder, source, store, machine)
     entry = _artifact(recipe, student, store, machine, _clips(source, sizes))
     return _published(store, entry, out, mark="manifest.json")
 
@@ -165,7 +171,7 @@ def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str
     peek = store.peek()
     with suppress(Missing):
         source = _located(model, store)
-        student = _student(recipe.distill, source, peek, Machine())
+        student = _student(recipe.distill, recipe.decoder, source, peek, Machine())
         _artifact(recipe, student, peek, Machine(), _clips(source, None))
     return peek.seen
 
@@ -293,7 +299,10 @@ def _steps(artifact: Artifact, suite: Suite) -> int | None:
     return None if artifact.manifest.sampler.levels else suite.n_steps
 
 
-def _student(how: Sequence[AnyDistiller], source: Source, store: Store, machine: Machine) -> Source:
+def _student(
+    how: Sequence[AnyDistiller], decoder: AnyDecoder | None, source: Source, store: Store,
+    machine: Machine,
+) -> Source:  # fmt: skip
     """What is left of a model's way to its clips after distillation; itself without any."""
     student, sigmas = source, family_of(source).sampler(source).sigmas()
     for one in how:
@@ -306,7 +315,23 @@ def _student(how: Sequence[AnyDistiller], source: Source, store: Store, machine:
         )
         folder = str(made.folder / STUDENT)
         student = replace(_located(folder, store), model=source.model)
+    if decoder is not None:
+        student = _lightened(decoder, student, store, machine)
     return student
+
+
+def _lightened(how: AnyDecoder, source: Source, store: Store, machine: Machine) -> Source:
+    """The model with a decoder that learnt from clips of its own, and real ones if it has any."""
+    lessons = store.result(
+        teach, source=source, prompts=load_prompts(how.prompts), n_clips=how.n_clips, levels=(),
+        on=machine,
+    )  # fmt: skip
+    views = store.result(
+        view, source=source, lessons=lessons, n_real=n_real_clips(source, how.n_real),
+        features=how.wants_features, on=machine,
+    )  # fmt: skip
+    made = store.result(lighten, source=source, views=views, how=how, on=machine)
+    return replace(_located(str(made.folder / STUDENT), store), model=source.model)
 
 
 def _sources_of(
@@ -318,8 +343,8 @@ def _sources_of(
     """
     made_from = artifact.manifest.source
     original = _located(model or str(made_from["model"]), store)
-    how = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
-    source = _student(how, original, store, machine)
+    how, decoder = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
+    source = _student(how, decoder, original, store, machine)
     wanted = cast(Mapping[str, str], made_from["files"])
     differing = sorted(
         n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n)
@@ -330,4 +355,4 @@ def _sources_of(
             f"{len(differing)} files differ:\n"
             f"{listing(differing)}\ngive the right one with --model"
         )
-    return (original, source) if how else (source,)
+    return (original, source) if how or decoder else (source,)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import Field, ValidationInfo, field_validator
 
 from hbxt_compress import library
-from hbxt_compress.algorithms import AnyDistiller, AnyPreparer, AnyRefiner, AnyRounder
+from hbxt_compress.algorithms import AnyDecoder, AnyDistiller, AnyPreparer, AnyRefiner, AnyRounder
 from hbxt_compress.errors import RecipeError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
@@ -109,6 +109,7 @@ class _Distilling(Settings):
     """The part of a recipe that makes the student."""
 
     distill: tuple[AnyDistiller, ...] = ()
+    decoder: AnyDecoder | None = None
 
 
 class Recipe(Settings):
@@ -119,6 +120,8 @@ class Recipe(Settings):
     calibration: str
     distill: tuple[AnyDistiller, ...] = ()
     """what makes a student of the model first, in this order; all that follows is done to it"""
+    decoder: AnyDecoder | None = None
+    """what is trained in the place of the VAE's decoder, `light` or a mapping; none keeps that"""
     rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
     budget: Annotated[str | None, Field(pattern=_BUDGET.pattern, validate_default=True)] = None
     """`4.25 bits` a weight that has a choice of formats, or `5.5 MB` for the whole artifact"""
@@ -130,6 +133,11 @@ class Recipe(Settings):
     export: Annotated[Profile, Field(default_factory=Profile)]
     """how the graphs compute, and on which targets they must run"""
     accept: Acceptance
+
+    @field_validator("decoder", mode="before")
+    @classmethod
+    def _by_name(cls, decoder: object) -> object:
+        return {"use": decoder} if isinstance(decoder, str) else decoder
 
     @field_validator("calibration")
     @classmethod
@@ -191,10 +199,17 @@ class Recipe(Settings):
         return int(float(found["amount"]) * _BYTES[found["unit"]]) - fixed_bytes
 
 
-def distillers(document: Mapping[str, Any]) -> tuple[AnyDistiller, ...]:
-    """How the student of a recipe is made, from the recipe as JSON that a manifest holds."""
-    text = json.dumps({"distill": document.get("distill", ())})
-    return _Distilling.model_validate_json(text).distill
+def distillers(
+    document: Mapping[str, Any],
+) -> tuple[tuple[AnyDistiller, ...], AnyDecoder | None]:
+    """How the student of a recipe, and its decoder, are made.
+
+    document: the recipe as JSON that a manifest holds.
+    """
+    names = ("distill", "decoder")
+    text = json.dumps({name: document[name] for name in names if name in document})
+    found = _Distilling.model_validate_json(text)
+    return found.distill, found.decoder
 
 
 def _on_shelf(shelf: Shelf, name: str) -> str:

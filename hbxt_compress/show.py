@@ -114,9 +114,15 @@ def plan(
 
     every_layer: a row for each layer instead, by size. told: a prediction, for JSON.
     """
-    distilled = recipe.model_dump(mode="json")["distill"]
+    document = recipe.model_dump(mode="json")
+    distilled, decoder = document["distill"], document["decoder"]
     if json_wanted:
-        named = {"name": recipe.name, "digest": recipe.digest, "distill": distilled}
+        named = {
+            "name": recipe.name,
+            "digest": recipe.digest,
+            "distill": distilled,
+            "decoder": decoder,
+        }
         predicted = {} if told is None else {"predicted": told.to_json()}
         return as_json({"recipe": named, **predicted, **found.to_json()})
     head = "layer" if every_layer else "component"
@@ -148,6 +154,9 @@ def plan(
     for how in distilled:
         told_of = ", ".join(f"{key} {value}" for key, value in how.items() if key != "use")
         out.print(escape(f"distill first: {how['use']}, {told_of}"), soft_wrap=True)
+    if decoder is not None:
+        told_of = ", ".join(f"{key} {value}" for key, value in decoder.items() if key != "use")
+        out.print(escape(f"decoder: {decoder['use']}, {told_of}"), soft_wrap=True)
     given = "none is needed" if found.shown is None else f"{found.shown.name}, {found.shown.text}"
     out.print(escape(f"calibration: {given}"), soft_wrap=True)
     for one in found.left_out:

@@ -207,7 +207,7 @@ def _fitting(recipe: Recipe, source: Source, short: Source, calibration: Path) -
     """The recipe for a model of a few blocks: the same formats and algorithms, few steps of them.
 
     Rules for blocks that are not there are left out, and refiners that the whole model leaves out.
-    Nothing is distilled: a few blocks have nothing to teach.
+    Nothing is distilled, and no decoder trained: a few blocks have nothing to teach.
     """
     family = family_of(source)
     names = [spec.name for spec in family.layers(short)]
@@ -220,6 +220,7 @@ def _fitting(recipe: Recipe, source: Source, short: Source, calibration: Path) -
     rules = tuple(rule for rule in recipe.rules if any(matches(rule.match, name) for name in names))
     changed = {
         "rules": rules, "refine": refine, "calibration": str(calibration), "distill": (),
+        "decoder": None,
     }  # fmt: skip
     short_recipe = recipe.model_copy(update=changed)
     if recipe.budget is None:

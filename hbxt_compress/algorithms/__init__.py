@@ -1,4 +1,4 @@
-"""Algorithms by phase: distill, prepare (function-preserving rewrites), round, refine (tune).
+"""Algorithms by phase: distill (decoders, too), prepare (rewrites), round, refine (tune).
 
 To add one: write a file here and a line in its table.
 """
@@ -6,15 +6,16 @@ To add one: write a file here and a line in its table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hbxt_compress.algorithms.dmd import Dmd
 from hbxt_compress.algorithms.few_steps import FewSteps
 from hbxt_compress.algorithms.gptq import Gptq
 from hbxt_compress.algorithms.guidance import Guidance
 from hbxt_compress.algorithms.hadamard import Hadamard
+from hbxt_compress.algorithms.light_decoder import Light, Lightened
 from hbxt_compress.algorithms.permute import Permute
 from hbxt_compress.algorithms.pupil import Distilled, Pupil
 from hbxt_compress.algorithms.recover import Recover
@@ -31,18 +32,22 @@ from hbxt_compress.formats import WeightFormat
 from hbxt_compress.lessons import Lessons
 from hbxt_compress.stats import LayerInputs, Need
 from hbxt_compress.strict import one_of
+from hbxt_compress.views import Views
 
 __all__ = [
+    "DECODERS",
     "DISTILLERS",
     "INPUT_PREPARERS",
     "PAIR_PREPARERS",
     "REFINERS",
     "ROUNDERS",
     "SAMPLER_REFINERS",
+    "AnyDecoder",
     "AnyDistiller",
     "AnyPreparer",
     "AnyRefiner",
     "AnyRounder",
+    "DecoderMaker",
     "Distiller",
     "InputPreparer",
     "PairPreparer",
@@ -71,6 +76,42 @@ class Distiller(Protocol):
 
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
         """The student; ValueError if it cannot be made of this model."""
+
+
+class DecoderMaker(Protocol):
+    """Trains a decoder that goes in the place of the VAE's own."""
+
+    VERSION: ClassVar[int]  # bump when results change
+
+    @property
+    def prompts(self) -> str:
+        """The prompt set of the clips that the model makes for it."""
+
+    @property
+    def n_clips(self) -> int:
+        """How many those are."""
+
+    @property
+    def n_real(self) -> int:
+        """How many real clips it wants, where there are any."""
+
+    @property
+    def wants_features(self) -> bool:
+        """Whether it looks at what the full decoder's low-resolution blocks give."""
+
+    @property
+    def at_once(self) -> int:
+        """How many clips it decodes at the same time."""
+
+    @property
+    def n_decoded(self) -> int:
+        """About how many clips it decodes meanwhile; a gradient counts as three."""
+
+    def sizes(self, z_dim: int, factor_in_time: int, factor_in_space: int) -> Mapping[str, Any]:
+        """What a LightDecoder of such latents is built with; ValueError if none can be."""
+
+    def lighten(self, decoder: nn.Module, views: Views, watch: Watch) -> Lightened:
+        """The decoder's weights; ValueError if it does not suit the views."""
 
 
 class InputPreparer(Protocol):
@@ -128,6 +169,9 @@ DISTILLERS: Final[Mapping[str, type[Distiller]]] = {
     "solver": FewSteps,
 }
 AnyDistiller = one_of(DISTILLERS)
+
+DECODERS: Final[Mapping[str, type[DecoderMaker]]] = {"light": Light}
+AnyDecoder = one_of(DECODERS)
 
 INPUT_PREPARERS: Final[Mapping[str, type[InputPreparer]]] = {
     "scale": Scale,

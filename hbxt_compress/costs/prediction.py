@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hbxt_compress.costs.counting import count
-from hbxt_compress.costs.distilling import distilling_costs
+from hbxt_compress.costs.distilling import distilling_costs, lightening_costs
 from hbxt_compress.costs.probing import probe_cost
 from hbxt_compress.costs.ranging import ranges_cost
 from hbxt_compress.costs.shown import Forwards, ShownModel, whole
@@ -147,6 +147,7 @@ def stage_costs(
     family = family_of(source)
     costs = [read_cost(source, os.cpu_count() or 1, known_bytes)]
     costs += distilling_costs(family, source, recipe.distill)
+    costs += lightening_costs(family, source, recipe.decoder)
     model = None
     learnt = (0, 0)
     if prompts is not None and plan.shown is not None:
@@ -154,7 +155,7 @@ def stage_costs(
         n, held_out = plan.shown.n, plan.shown.n_held_out
         learnt = min(prompts.statistics or n, n - held_out), held_out
         if plan.shown.clips:
-            vae = family.weights(source, "vae_decoder")
+            vae = family.weights(source, "vae")
             parameters = sum(math.prod(vae.shape(one)) for one in vae.names)
             costs.append(noise_cost(model, n, plan.shown.n_states, parameters))
         else:

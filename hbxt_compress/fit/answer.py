@@ -11,6 +11,7 @@ from hbxt_compress.fit.lowered import Lowerer
 from hbxt_compress.fit.residency import Residency, fuses_attention
 from hbxt_compress.fit.roofline import Estimate, estimate
 from hbxt_compress.geometry import Geometry
+from hbxt_compress.lightened import as_if_lightened
 from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source, locate
 
@@ -132,8 +133,9 @@ def foretell(
         PlanError: the recipe does not fit the model.
     """
     room = find_room(target, vram)
-    asker = Asker(locate(model, hashed=False))
-    return tuple(asker.answer(recipe, one, room) for one in asker.geometries(geometry))
+    with as_if_lightened(locate(model, hashed=False), recipe.decoder) as source:
+        asker = Asker(source)
+        return tuple(asker.answer(recipe, one, room) for one in asker.geometries(geometry))
 
 
 def assumptions(room: Room) -> Sequence[str]:

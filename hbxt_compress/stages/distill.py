@@ -31,7 +31,7 @@ from hbxt_compress.source import Source
 from hbxt_compress.stages.full_model import FullModel
 from hbxt_compress.store import Entry, Work
 
-__all__ = ["AT_ONCE", "FACTS", "STUDENT", "VERSION", "distill"]
+__all__ = ["AT_ONCE", "FACTS", "STUDENT", "VERSION", "Checkpoints", "distill"]
 
 VERSION = 1
 FACTS = ("torch", "diffusers", "transformers")
@@ -56,7 +56,7 @@ def distill(
     """
     if not work.ranks.leads:
         return
-    taught, watch = Lessons(lessons.folder), _Checkpoints(work.scratch)
+    taught, watch = Lessons(lessons.folder), Checkpoints(work.scratch)
     pupil = _pupil(source, teacher, taught, torch.device(on.device))
     try:
         student = how.distill(pupil, taught, watch)
@@ -127,7 +127,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-class _Checkpoints:
+class Checkpoints:
     """Checkpoints in a folder that survives kills, and the losses so far."""
 
     def __init__(self, folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_killed_training_ends_the_same(
     name: str, until: int, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = made(Store(tmp_path / "whole"), micro_wan, name)
-    store, told = Store(tmp_path / "store"), stage._Checkpoints.step
+    store, told = Store(tmp_path / "store"), stage.Checkpoints.step
 
     class Killed(BaseException):
         pass
@@ -95,10 +95,10 @@ def test_a_killed_training_ends_the_same(
         if done == until:
             raise Killed
 
-    monkeypatch.setattr(stage._Checkpoints, "step", step)
+    monkeypatch.setattr(stage.Checkpoints, "step", step)
     with pytest.raises(Killed):
         made(store, micro_wan, name)
-    monkeypatch.setattr(stage._Checkpoints, "step", told)
+    monkeypatch.setattr(stage.Checkpoints, "step", told)
     again = made(store, micro_wan, name)
     assert again.digest == whole.digest
     lines = (again.folder / "training.jsonl").read_text().splitlines()
