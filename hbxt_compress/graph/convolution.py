@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -36,6 +37,7 @@ def lower_convolutions(model: ir.Model, storage: Storage) -> None:
         stored = storage.of(f"{storage.component}/{module}", content_of(weight))
         emit = partial(_weights, stored.format, module, builder.shape_of(weight))
         groups = node.attributes["group"].as_int()
+        grouped: dict[str, Any] = {} if groups == 1 else {"group": groups}
         out: Value | None = None
         for frames, part in zip(
             _windows(builder, module, x, before, builder.shape_of(weight)[2]),
@@ -54,7 +56,7 @@ def lower_convolutions(model: ir.Model, storage: Storage) -> None:
                 shape=builder.shape_of(node.outputs[0]),
                 kernel_shape=builder.shape_of(weight)[3:],
                 pads=node.attributes["pads"].as_ints(),
-                **({} if groups == 1 else {"group": groups}),
+                **grouped,
             )
             if out is not None:
                 convolved = builder.node("Add", [out, convolved], shape=builder.shape_of(out))

@@ -60,7 +60,7 @@ class ChannelRmsNorm(nn.Module):
         return x / torch.clamp(rms, min=_LEAST_RMS) * self.gamma.view(-1, *[1] * (x.ndim - 2))
 
 
-class SeparableBlock(nn.Module):
+class _SeparableBlock(nn.Module):
     """Norm, depthwise and pointwise convolution, twice as many features, added to the input."""
 
     def __init__(self, n: int, kernel: int) -> None:
@@ -76,7 +76,7 @@ class SeparableBlock(nn.Module):
         return x + self.project(F.relu(self.expand(y, past)), past)
 
 
-class WholeBlock(nn.Module):
+class _WholeBlock(nn.Module):
     """Two whole convolutions, added to the input; the first alone looks back in time."""
 
     def __init__(self, n: int) -> None:
@@ -140,7 +140,7 @@ class LightDecoder(nn.Module):
         self.conv_in = CausalConv(z_dim, widths[0], (1, 3, 3))
         self.stages = nn.ModuleList(
             nn.ModuleList(
-                SeparableBlock(width, kernel) if i < n_separable else WholeBlock(width)
+                _SeparableBlock(width, kernel) if i < n_separable else _WholeBlock(width)
                 for _ in range(n)
             )
             for i, (width, n) in enumerate(zip(widths, n_blocks, strict=True))

@@ -238,7 +238,7 @@ class Wan:
         mean, std = self._statistics(source)
         latents_BCTHW = latents_BCTHW * std.to(latents_BCTHW) + mean.to(latents_BCTHW)
         if isinstance(module, LightDecoder):
-            return module(latents_BCTHW).clamp(-1, 1)  # type: ignore[no-any-return]
+            return module(latents_BCTHW).clamp(-1, 1)
         return module.decode(latents_BCTHW, return_dict=False)[0]  # type: ignore[operator]
 
     def encode(self, source: Source, module: nn.Module, frames_BCTHW: Tensor) -> Tensor:
