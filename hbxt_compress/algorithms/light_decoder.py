@@ -148,7 +148,9 @@ class Light(Settings):
         if len(kinds) == 2:
             n_made = min(how.batch - 1, max(1, round(how.batch * self.made)))
             shares = {"real": how.batch - n_made, "made": n_made}
-        taught = _Taught(decoder, views.rows("made", [0]), self.wants_features)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(how.seed)  # the projections begin the same, too
+            taught = _Taught(decoder, views.rows("made", [0]), self.wants_features)
         net, device = Net(taught, how), next(decoder.parameters()).device
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:

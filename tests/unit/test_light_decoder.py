@@ -160,7 +160,7 @@ def test_more_stages_repeat_the_first() -> None:
     [
         ((4, 12), "12 pixels"),
         ((3, 8), "3 frames"),
-        ((4, 4), "3 stages, 4 pixels"),
+        ((2, 4), "3 stages, 4 pixels"),
         ((8, 8), "fewer"),
     ],
 )
