@@ -278,7 +278,7 @@ class Wan:
         )
 
     def expected(self, source: Source, component: str) -> Mapping[str, tuple[int, ...]]:
-        module = _empty(source, _FOLDER.get(component, component), component)
+        module = empty(source, component)
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
     def original_name(self, name: str) -> str:
