@@ -10,13 +10,15 @@ student's own clips look like:
 As in Hummingbird-XT: no adversarial and no regression loss, the critic descends several times for
 each step of the student, one step of the sampler is drawn for each batch and only that one has a
 gradient, and the sampler predicts clean latents and noises them again to its next level. The critic
-learns velocities (Hummingbird-XT's long-video form; its other one weighs them by s^2).
+learns velocities (Hummingbird-XT's long-video form; its other one weighs them by s^2). What is
+judged is how much better or worse the teacher's denoiser does on the student's held-out clips than
+on the teacher's own, with their prompts: on blurred ones better, on others worse.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -33,6 +35,7 @@ from hbxt_compress.strict import Settings
 __all__ = ["Dmd", "energy_distance", "matching_gradient", "noised"]
 
 _JUDGED = -1  # the number of the draw that judges
+_JUDGED_AT = (0.2, 0.4, 0.6, 0.8)  # levels, before the teacher's shift
 _CRITIC = 1_000_003  # added to a step's number in the draws of its critic
 
 
@@ -135,8 +138,7 @@ class Dmd(Settings):
             """The clips noised, at which levels N, and with which noise."""
             low, high = self.score_levels
             u = low + (high - low) * torch.rand(len(clean), generator=draw)
-            shift, eps = pupil.teachers.shift, _normal(clean, draw)
-            s = (shift * u / (1 + (shift - 1) * u)).to(device)
+            s, eps = _shifted(u, pupil.teachers.shift).to(device), _normal(clean, draw)
             return noised(clean, _wide(s), eps), s, eps
 
         def learn_critic(draw: torch.Generator, done: float) -> float:
@@ -166,18 +168,36 @@ class Dmd(Settings):
             return values, {"noise": eps, "text": text}
 
         @torch.no_grad()
-        def judge() -> float:
+        def missed(clean: Tensor, text: Tensor) -> Tensor:
+            """By level, how far off the teacher's guided denoiser is on such clips."""
+            found = []
+            for i, u in enumerate(_JUDGED_AT):
+                s = _shifted(torch.full((len(clean),), u), pupil.teachers.shift).to(device)
+                z = noised(clean, _wide(s), _normal(clean, drawn(how.seed, _JUDGED, i)))
+                found.append((z - _wide(s) * guided(z, s, text) - clean).square().sum().double())
+            return torch.stack(found).cpu()
+
+        @torch.no_grad()
+        def sampled(draw: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            """Of the clips that judge: the student's, from fresh noise, the teacher's, and text."""
             held_out = range(len(lessons) - n_judged, len(lessons))
-            draw, made, real = drawn(how.seed, _JUDGED), [], []
             for start in range(0, n_judged, how.batch):
                 rows, at = held_out[start : start + how.batch], len(lessons.levels_K) - 1
-                real.append(lessons.states(rows, [at] * len(rows)))
-                eps = torch.randn(real[-1].shape, generator=draw).to(device)
+                real = lessons.states(rows, [at] * len(rows)).to(device)
                 text = lessons.text(rows).to(device)
-                made.append(generated(eps, text, len(self.noise_levels) - 1, draw).cpu())
-            return energy_distance(torch.cat(made), torch.cat(real))
+                eps = torch.randn(real.shape, generator=draw).to(device)
+                yield generated(eps, text, len(self.noise_levels) - 1, draw), real, text
+
+        def judge() -> float:
+            """Mean |log| of the teacher's error on the student's clips over that on its own."""
+            errors = torch.zeros(2, len(_JUDGED_AT), dtype=torch.float64)
+            for made, real, text in sampled(drawn(how.seed, _JUDGED)):
+                errors += torch.stack([missed(made, text), missed(real, text)])
+            return float((errors[0] / errors[1]).log().abs().mean())
 
         before, after = train(nets, how, turn, judge, watch)
+        pairs = [(made.cpu(), real.cpu()) for made, real, _ in sampled(drawn(how.seed, _JUDGED))]
+        made, real = (torch.cat(side) for side in zip(*pairs, strict=True))
         sampler = replace(
             pupil.sampler.with_guidance(1.0),
             solver="renoise", n_steps=len(self.noise_levels), levels=self.noise_levels,
@@ -185,9 +205,18 @@ class Dmd(Settings):
         )  # fmt: skip
         return Distilled(
             sampler=sampler,
-            measured={"energy_distance_before": before, "energy_distance": after},
+            measured={
+                "denoising_gap_before": before,
+                "denoising_gap": after,
+                "energy_distance": energy_distance(made, real),
+                "energy": float(made.square().sum() / real.square().sum()),
+            },
             weights=merged[0](),
         )
+
+
+def _shifted(levels: Tensor, shift: float) -> Tensor:
+    return shift * levels / (1 + (shift - 1) * levels)
 
 
 def noised(clean: Tensor, level: Tensor, eps: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def figures(found: Decoded) -> dict[str, float]:
     temporal: mean error of the differences between frames, peak 1. Without real clips the full
     decoder's are what errors are counted from.
     """
-    told = {"clips": len(found.full)}
+    told: dict[str, float] = {"clips": len(found.full)}
     if found.seconds:
         full, light = (min(one[i] for one in found.seconds) for i in (0, 1))
         told |= {"ms_full": 1e3 * full, "ms_light": 1e3 * light, "faster": full / light}
