@@ -6,11 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from hbxt_compress.ranks import ALONE
+
 __all__ = ["Silent"]
 
 
 class Silent:
     """Remembers checkpoints, losses and judgements."""
+
+    ranks = ALONE
 
     def __init__(self) -> None:
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -23,6 +27,9 @@ class Silent:
 
     def judged(self, done: int, score: float) -> None:
         self.scores.append(score)
+
+    def samples(self, done: int, students: Tensor, teachers: Tensor) -> None:
+        assert students.shape == teachers.shape
 
     def searched(self, done: int, most: int, error_db: float) -> None:
         self.searches.append(error_db)

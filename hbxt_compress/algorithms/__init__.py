@@ -17,7 +17,7 @@ from hbxt_compress.algorithms.guidance import Guidance
 from hbxt_compress.algorithms.hadamard import Hadamard
 from hbxt_compress.algorithms.light_decoder import Light, Lightened
 from hbxt_compress.algorithms.permute import Permute
-from hbxt_compress.algorithms.pupil import Distilled, Pupil
+from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.recover import Recover
 from hbxt_compress.algorithms.rotate import Rotate
 from hbxt_compress.algorithms.rounded import Rounded
@@ -73,6 +73,10 @@ class Distiller(Protocol):
 
     def n_velocities(self, n_levels: int) -> int:
         """About how many states the model answers meanwhile; n_levels: the teacher's steps."""
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """What it holds meanwhile. If any is trained all ranks distill together, else the first."""
 
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
         """The student; ValueError if it cannot be made of this model."""

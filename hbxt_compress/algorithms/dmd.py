@@ -18,7 +18,7 @@ on the teacher's own, with their prompts: on blurred ones better, on others wors
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -27,14 +27,17 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from hbxt_compress.algorithms.low_rank_update import adapt
-from hbxt_compress.algorithms.pupil import Distilled, Pupil
-from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, train
+from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
+from hbxt_compress.algorithms.sharding import gathered, shard
+from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
 from hbxt_compress.lessons import Lessons
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.strict import Settings
 
 __all__ = ["Dmd", "energy_distance", "matching_gradient", "noised"]
 
 _JUDGED = -1  # the number of the draw that judges
+_SHOWN = 4  # clips that are shown after a judgement
 _JUDGED_AT = (0.2, 0.4, 0.6, 0.8)  # levels, before the teacher's shift
 _CRITIC = 1_000_003  # added to a step's number in the draws of its critic
 
@@ -85,6 +88,17 @@ class Dmd(Settings):
         each = (walked + 3 + 1 + 2) + self.critic_steps * (walked + 1 + 3)
         return int(self.train.n_steps * self.train.batch * each)
 
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """What it holds: student and critic, both trained, and the teacher."""
+        n, walked = self.train.n_steps * self.train.batch, (len(self.noise_levels) - 1) / 2
+        made = n * (walked + self.critic_steps * (walked + 1))
+        return (
+            Network(name="student", trained=True, n_gradients=n, n_forwards=made),
+            Network(name="critic", trained=True, n_gradients=n * self.critic_steps, n_forwards=n),
+            Network(name="teacher", trained=False, n_forwards=2 * n),
+        )
+
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
         """The student's weights and its sampler: `renoise` at these levels, without guidance.
 
@@ -95,9 +109,14 @@ class Dmd(Settings):
         how, levels = self.train, torch.tensor([*self.noise_levels, 0.0])
         student, critic = pupil.trainable(), pupil.original().requires_grad_(True)
         merged = adapt(student, self.rank), adapt(critic, self.rank)
-        nets = {"student": Net(student, how), "critic": Net(critic, how, self.critic_rate)}
-        device, call = next(student.parameters()).device, how.compile(pupil.call)
+        device, ranks = next(student.parameters()).device, pupil.ranks
+        nets = {
+            "student": Net(student, how, ranks=ranks),
+            "critic": Net(critic, how, self.critic_rate, ranks),
+        }
+        call = how.compile(pupil.call, ranks)
         teacher, none = pupil.original().requires_grad_(False), lessons.none_1LD.to(device)
+        shard(teacher, ranks)
         scale = pupil.teachers.guidance if self.guidance is None else self.guidance
         n_judged = max(1, len(lessons) // 8)
 
@@ -115,30 +134,33 @@ class Dmd(Settings):
             ).chunk(2)
             return of_none + scale * (of_text - of_none)
 
-        def generated(eps: Tensor, text: Tensor, last: int, draw: torch.Generator) -> Tensor:
+        def generated(
+            eps: Tensor, text: Tensor, last: int, draw: torch.Generator, among: Ranks = ranks
+        ) -> Tensor:
             """The clean latents that the student predicts at one of its steps, all before it run.
 
-            Only that step has a gradient.
+            Only that step has a gradient. among: whose rows of a batch these are.
             """
             x = eps
             for k in range(last + 1):
                 with torch.set_grad_enabled(k == last and torch.is_grad_enabled()):
                     clean = x - levels[k] * velocity(student, x, levels[k], text)
                 if k < last:
-                    x = noised(clean, levels[k + 1], _normal(x, draw))
+                    x = noised(clean, levels[k + 1], _normal(x, draw, among))
             return clean
 
         def batch(draw: torch.Generator) -> tuple[Tensor, Tensor, int]:
             rows = torch.randint(len(lessons) - n_judged, (how.batch,), generator=draw).tolist()
             eps = torch.randn(lessons.states(rows, [0] * len(rows)).shape, generator=draw)
             last = int(torch.randint(len(self.noise_levels), (1,), generator=draw))
-            return eps.to(device), lessons.text(rows).to(device), last
+            eps, text = own(ranks, eps, lessons.text(rows))
+            return eps.to(device), text.to(device), last
 
         def scored(clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
             """The clips noised, at which levels N, and with which noise."""
             low, high = self.score_levels
-            u = low + (high - low) * torch.rand(len(clean), generator=draw)
-            s, eps = _shifted(u, pupil.teachers.shift).to(device), _normal(clean, draw)
+            u = low + (high - low) * _rows(ranks, (len(clean),), torch.rand, draw)
+            s, eps = _shifted(u, pupil.teachers.shift).to(device), _normal(clean, draw, ranks)
             return noised(clean, _wide(s), eps), s, eps
 
         def learn_critic(draw: torch.Generator, done: float) -> float:
@@ -173,7 +195,7 @@ class Dmd(Settings):
             found = []
             for i, u in enumerate(_JUDGED_AT):
                 s = _shifted(torch.full((len(clean),), u), pupil.teachers.shift).to(device)
-                z = noised(clean, _wide(s), _normal(clean, drawn(how.seed, _JUDGED, i)))
+                z = noised(clean, _wide(s), _normal(clean, drawn(how.seed, _JUDGED, i), ALONE))
                 found.append((z - _wide(s) * guided(z, s, text) - clean).square().sum().double())
             return torch.stack(found).cpu()
 
@@ -186,7 +208,8 @@ class Dmd(Settings):
                 real = lessons.states(rows, [at] * len(rows)).to(device)
                 text = lessons.text(rows).to(device)
                 eps = torch.randn(real.shape, generator=draw).to(device)
-                yield generated(eps, text, len(self.noise_levels) - 1, draw), real, text
+                made = generated(eps, text, len(self.noise_levels) - 1, draw, ALONE)
+                yield made, real, text
 
         def judge() -> float:
             """Mean |log| of the teacher's error on the student's clips over that on its own."""
@@ -195,7 +218,11 @@ class Dmd(Settings):
                 errors += torch.stack([missed(made, text), missed(real, text)])
             return float((errors[0] / errors[1]).log().abs().mean())
 
-        before, after = train(nets, how, turn, judge, watch)
+        def show() -> tuple[Tensor, Tensor]:
+            made, real, _ = next(sampled(drawn(how.seed, _JUDGED)))
+            return made[:_SHOWN], real[:_SHOWN]
+
+        before, after = train(nets, how, turn, judge, watch, show)
         pairs = [(made.cpu(), real.cpu()) for made, real, _ in sampled(drawn(how.seed, _JUDGED))]
         made, real = (torch.cat(side) for side in zip(*pairs, strict=True))
         sampler = replace(
@@ -211,7 +238,7 @@ class Dmd(Settings):
                 "energy_distance": energy_distance(made, real),
                 "energy": float(made.square().sum() / real.square().sum()),
             },
-            weights=merged[0](),
+            weights=gathered(merged[0](), ranks),
         )
 
 
@@ -240,8 +267,15 @@ def energy_distance(a_NCTHW: Tensor, b_NCTHW: Tensor) -> float:
     return float((2 * torch.cdist(a, b).mean() - own[0] - own[1]) / a.shape[1] ** 0.5)
 
 
-def _normal(like: Tensor, draw: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=draw).to(like.device)
+def _normal(like: Tensor, draw: torch.Generator, ranks: Ranks) -> Tensor:
+    return _rows(ranks, tuple(like.shape), torch.randn, draw).to(like.device)
+
+
+def _rows(
+    ranks: Ranks, shape: tuple[int, ...], how: Callable[..., Tensor], draw: torch.Generator
+) -> Tensor:
+    """Random numbers for this rank's rows, the same as one rank draws for them."""
+    return own(ranks, how(shape[0] * ranks.world, *shape[1:], generator=draw))[0]
 
 
 def _wide(values_N: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hbxt_compress.algorithms.pupil import Distilled, Pupil
+from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.training import Training, Watch
 from hbxt_compress.algorithms.tuned_steps import FittedSolver, tune
 from hbxt_compress.lessons import Lessons
@@ -105,6 +105,11 @@ class FewSteps(Settings):
         searched = min(_N_IN_SEARCH, n_learnt) * (3 + self.search)
         fitted = searched + n_learnt + 2 * (self.n_clips - n_learnt)
         return n_levels * _N_ON_PATH + self.n_steps * (fitted + tuned)
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """What it holds: the model itself, not trained; it answers with and without a prompt."""
+        return (Network(name="model", trained=False, n_forwards=2 * self.n_velocities(0)),)
 
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
         """The sampler with its new levels and coefficients; how far its clips end from the

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hbxt_compress.algorithms.pupil import Distilled, Pupil
-from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, train
+from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
+from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
 from hbxt_compress.lessons import Lessons
 from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.strict import Settings
@@ -25,6 +25,7 @@ from hbxt_compress.strict import Settings
 __all__ = ["Guidance"]
 
 _JUDGED = -1  # the number of the draw that judges
+_SHOWN = 4  # clips that are shown after a judgement
 
 
 class Guidance(Settings):
@@ -46,6 +47,15 @@ class Guidance(Settings):
         """About how many states the model answers: three forwards' worth a gradient, one guided."""
         return self.train.n_steps * self.train.batch * 3
 
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """What it holds: the student, and the teacher, which answers with and without a prompt."""
+        n = self.train.n_steps * self.train.batch
+        return (
+            Network(name="student", trained=True, n_gradients=n),
+            Network(name="teacher", trained=False, n_forwards=2 * n),
+        )
+
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
         """The student's weights, and its sampler without guidance.
 
@@ -56,8 +66,8 @@ class Guidance(Settings):
         if pupil.teachers.guidance == 1:
             raise ValueError("guidance: this model runs without any, there is nothing to fold in")
         module, how = pupil.trainable(), self.train
-        call = how.compile(pupil.call)
-        net, device = Net(module, how), next(module.parameters()).device
+        device, ranks = next(module.parameters()).device, pupil.ranks
+        net, call = Net(module, how, ranks=ranks), how.compile(pupil.call, ranks)
         n_judged = max(1, len(lessons) // 8)
 
         def batch(rows: Sequence[int], draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,12 +83,13 @@ class Guidance(Settings):
             wanted = pupil.teacher(x, t, text)
             with how.autocast(device):
                 found = call(module, x, t, text).float()
-            return (found - wanted).square().mean() / wanted.square().mean()
+            whole = ranks.sum(wanted.square().mean()) / ranks.world
+            return (found - wanted).square().mean() / whole
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:
             draw = drawn(how.seed, k)
             rows = torch.randint(len(lessons) - n_judged, (how.batch,), generator=draw).tolist()
-            x, t, text = batch(rows, draw)
+            x, t, text = own(ranks, *batch(rows, draw))
             loss = error(x, t, text)
             norm = net.descend(loss, k / how.n_steps)
             return {"loss": float(loss.detach()), "norm": norm}, {"x": x, "t": t, "text": text}
@@ -92,11 +103,21 @@ class Guidance(Settings):
                 found += [float(error(*batch(rows, draw)))] * len(rows)
             return sum(found) / len(found)
 
-        before, after = train({"student": net}, how, turn, judge, watch)
+        @torch.no_grad()
+        def show() -> tuple[Tensor, Tensor]:
+            """Clean latents as both foretell them of the same noised ones."""
+            rows = range(len(lessons) - n_judged, len(lessons))[:_SHOWN]
+            x, t, text = batch(rows, drawn(how.seed, _JUDGED))
+            s = t.view(-1, 1, 1, 1, 1) / pupil.teachers.n_train_timesteps
+            with how.autocast(device):
+                found = call(module, x, t, text).float()
+            return x - s * found, x - s * pupil.teacher(x, t, text)
+
+        before, after = train({"student": net}, how, turn, judge, watch, show)
         return Distilled(
             sampler=pupil.sampler.with_guidance(1.0),
             measured={"held_out_error_before": before, "held_out_error": after},
-            weights={name: p.detach() for name, p in net.chosen.items()},
+            weights=net.weights(),
         )
 
 

@@ -33,8 +33,7 @@ def adapt(module: nn.Module, rank: int | None) -> Callable[[], dict[str, Tensor]
     gradient are read.
     """
     if rank is None:
-        chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        return lambda: {name: p.detach() for name, p in chosen.items()}
+        return lambda: {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     module.requires_grad_(False)
     adapted = {
         name: one

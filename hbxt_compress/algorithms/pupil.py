@@ -8,9 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.sampler import SamplerSpec
 
-__all__ = ["Distilled", "Pupil"]
+__all__ = ["Distilled", "Network", "Pupil"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A copy of the transformer that a distiller holds; trained: with optimizer and average.
+
+    n_forwards, n_gradients: states that it answers over the whole training, without and with a
+    gradient. n_bytes: of a weight.
+    """
+
+    name: str
+    trained: bool
+    n_forwards: float = 0.0
+    n_gradients: float = 0.0
+    n_bytes: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +37,7 @@ class Pupil:
     velocity(x, level, text): its guided velocity at one noise level. teacher(x, t, text): that of
     the original at timesteps N, without a gradient. original(): its transformer once more, to
     change. compile(by): has `velocity` run what `by` makes of a forward. sampler: the pupil's so
-    far; teachers: the original's.
+    far; teachers: the original's. ranks: who trains it, each with its own rows of a batch.
     """
 
     module: nn.Module | None
@@ -33,6 +49,7 @@ class Pupil:
     device: torch.device
     sampler: SamplerSpec
     teachers: SamplerSpec
+    ranks: Ranks = ALONE
 
     def trainable(self) -> nn.Module:
         """The module, its parameters waiting for gradients; ValueError if there are two."""

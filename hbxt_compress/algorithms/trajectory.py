@@ -24,12 +24,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from hbxt_compress.algorithms.pupil import Distilled, Pupil
-from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, train
+from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
+from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
 from hbxt_compress.lessons import Lessons
 from hbxt_compress.strict import Settings
 
 __all__ = ["Trajectory"]
+
+_SHOWN = 4  # clips that are shown after a judgement
 
 
 class Trajectory(Settings):
@@ -70,6 +72,15 @@ class Trajectory(Settings):
         walked = self.own_states * (len(self.noise_levels) - 1) / 2
         return int(self.train.n_steps * self.train.batch * (3 + walked))
 
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """What it holds: the student alone, the teacher's answers are in the lessons."""
+        n, walked = self.train.n_steps * self.train.batch, (len(self.noise_levels) - 1) / 2
+        student = Network(
+            name="student", trained=True, n_gradients=n, n_forwards=n * self.own_states * walked
+        )
+        return (student,)
+
     def distill(self, pupil: Pupil, lessons: Lessons, watch: Watch) -> Distilled:
         """The student's weights and its sampler: Euler at these levels, without guidance.
 
@@ -83,8 +94,9 @@ class Trajectory(Settings):
             raise ValueError(
                 f"trajectory: {len(self.noise_levels)} levels are {n_steps} of the teacher's"
             )
-        module, call = pupil.trainable(), how.compile(pupil.call)
-        net, device = Net(module, how), next(module.parameters()).device
+        module, ranks = pupil.trainable(), pupil.ranks
+        device = next(module.parameters()).device
+        net, call = Net(module, how, ranks=ranks), how.compile(pupil.call, ranks)
         n_judged = max(1, len(lessons) // 16)
         aims = torch.arange(n_steps) + 1
         if self.solver == "renoise":
@@ -102,20 +114,28 @@ class Trajectory(Settings):
             return x + _wide(gaps[at]) * velocity(x, at, text)
 
         @torch.no_grad()
-        def walked(x: Tensor, at: Tensor, text: Tensor) -> Tensor:
-            """Rows of noise, by rising level, each taken to its level by the student."""
-            for k in range(int(at[-1])):
+        def walked(x: Tensor, at: Tensor, text: Tensor, most: int) -> Tensor:
+            """Rows of noise, by rising level, each taken to its level by the student.
+
+            most: the highest level of all ranks' rows.
+            """
+            for k in range(most):
                 first = int((at <= k).sum())
-                step = torch.full((len(x) - first,), k)
-                x = torch.cat([x[:first], advanced(x[first:], step, text[first:])])
+                # A rank whose rows are all there still runs a forward: the others wait for it.
+                rest = slice(first, None) if first < len(x) else slice(1)
+                step = torch.full((len(x[rest]),), k)
+                after = advanced(x[rest], step, text[rest])
+                x = torch.cat([x[:first], after[: len(x) - first]])
             return x
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:
             draw = drawn(how.seed, k)
             rows = torch.randint(len(lessons) - n_judged, (how.batch,), generator=draw).tolist()
-            at, text = torch.arange(how.batch) * n_steps // how.batch, lessons.text(rows)
+            at = torch.arange(how.batch) * n_steps // how.batch
+            most, rows = int(at[-1]), own(ranks, torch.tensor(rows))[0].tolist()
+            at, text = own(ranks, at)[0], lessons.text(rows)
             if k >= (1 - self.own_states) * how.n_steps:
-                x = walked(lessons.states(rows, [0] * len(rows)), at, text)
+                x = walked(lessons.states(rows, [0] * len(rows)), at, text, most)
             else:
                 x = lessons.states(rows, at.tolist())
             wanted = (lessons.states(rows, aims[at].tolist()) - x) / _wide(gaps[at])
@@ -124,6 +144,20 @@ class Trajectory(Settings):
             loss = (missed * weights).mean()
             norm = net.descend(loss, k / how.n_steps)
             return {"loss": float(loss.detach()), "norm": norm}, {"x": x, "text": text}
+
+        @torch.no_grad()
+        def sampled(rows: Sequence[int]) -> Tensor:
+            """Clean latents of the student, from the rows' noise; a renoiser's of its last step."""
+            x, text = lessons.states(rows, [0] * len(rows)), lessons.text(rows)
+            for k in range(n_steps):
+                if self.solver == "renoise":
+                    x = lessons.states(rows, [k] * len(rows))
+                x = advanced(x, torch.full((len(rows),), k), text)
+            return x
+
+        def show() -> tuple[Tensor, Tensor]:
+            rows = range(len(lessons) - n_judged, len(lessons))[:_SHOWN]
+            return sampled(rows), lessons.states(rows, [n_steps] * len(rows))
 
         @torch.no_grad()
         def judge() -> float:
@@ -143,7 +177,7 @@ class Trajectory(Settings):
                         kept += float(clean.double().square().sum())
             return lost / kept
 
-        before, after = train({"student": net}, how, turn, judge, watch)
+        before, after = train({"student": net}, how, turn, judge, watch, show)
         sampler = replace(
             pupil.sampler.with_guidance(1.0),
             solver=self.solver,
@@ -154,7 +188,7 @@ class Trajectory(Settings):
         return Distilled(
             sampler=sampler,
             measured={"held_out_error_before": before, "held_out_error": after},
-            weights={name: p.detach() for name, p in net.chosen.items()},
+            weights=net.weights(),
         )
 
 

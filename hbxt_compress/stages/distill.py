@@ -2,7 +2,7 @@
 
 What a student does not change is copied from the model it started as; `sampler.json` beside
 `model_index.json` says how it denoises, and goes before the folder's own scheduler. A killed run
-goes on from its last checkpoint, and learns what it would have learnt.
+goes on from its last checkpoint, and learns what it would have learnt. Ranks train together.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hbxt_compress import disk
 from hbxt_compress.algorithms import AnyDistiller
 from hbxt_compress.algorithms.pupil import Distilled, Pupil
+from hbxt_compress.algorithms.sharding import shard
 from hbxt_compress.algorithms.training import Diverged
 from hbxt_compress.errors import CalibrationError
 from hbxt_compress.lessons import Lessons
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
+from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.sampler import STUDENTS_SAMPLER
 from hbxt_compress.source import Source
+from hbxt_compress.stages.checkpoints import Checkpoints
 from hbxt_compress.stages.full_model import FullModel
 from hbxt_compress.store import Entry, Work
 
@@ -37,6 +39,8 @@ VERSION = 1
 FACTS = ("torch", "diffusers", "transformers")
 STUDENT = "student"
 AT_ONCE = 16
+_EVENTS, _SAMPLES = "tensorboard", "samples"
+_EVENT_FILE = "events.out.tfevents.0"
 _TRAINED = "transformer"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,33 +53,57 @@ def distill(
     """Writes `student/`, a whole model folder, and `distilled.json` with what was measured.
 
     source: the model to start as. teacher, lessons: the original, and what it made of noise. Where
-    weights are trained `training.jsonl` has every step's losses. Rank 0 does it alone.
+    weights are trained `training.jsonl` has every step's losses, `tensorboard/` the same for
+    TensorBoard, and `samples/` a sheet of held-out clips for each judgement, each clip of the
+    student above the teacher's. All ranks train; what trains nothing rank 0 does alone.
 
     Raises:
         CalibrationError: this model cannot be distilled so, or a loss is not finite.
+        RankLost: another rank is gone.
     """
-    if not work.ranks.leads:
+    together = any(one.trained for one in how.networks)
+    if not together and not work.ranks.leads:
         return
-    taught, watch = Lessons(lessons.folder), Checkpoints(work.scratch)
-    pupil = _pupil(source, teacher, taught, torch.device(on.device))
+    ranks, device = work.ranks if together else ALONE, torch.device(on.device)
+    taught = Lessons(lessons.folder)
+    watch = Checkpoints(work.scratch, ranks, partial(_decoded, teacher, device))
+    pupil = _pupil(source, teacher, taught, device, ranks)
     try:
         student = how.distill(pupil, taught, watch)
     except (ValueError, Diverged) as error:
         raise CalibrationError(f"distill: {error}") from None
+    except RuntimeError as error:  # torch tells that a connection broke, not who is gone
+        if (lost := ranks.lost()) is None:
+            raise
+        raise lost from error
+    if not work.ranks.leads:
+        return
     told = ", ".join(f"{name} {value:.4g}" for name, value in student.measured.items())
     log.info("distill: %s", told)
     if watch.curve:
         lines = "".join(f"{json.dumps(one)}\n" for one in watch.curve)
         work.piece("training.jsonl", lambda path: _write(path, lines))
+        work.piece(_EVENTS, lambda path: watch.events.copy(path / _EVENT_FILE))
+    if sheets := dict(watch.sheets):
+        work.piece(_SAMPLES, lambda path: _write_sheets(path, sheets))
     shown = json.dumps(dict(student.measured), indent=1) + "\n"
     work.piece("distilled.json", lambda path: _write(path, shown))
     work.piece(STUDENT, lambda path: _write_student(path, source, student))
 
 
-def _pupil(source: Source, teacher: Source, taught: Lessons, device: torch.device) -> Pupil:
-    own, none = FullModel(source, device), taught.none_1LD
+def _pupil(
+    source: Source, teacher: Source, taught: Lessons, device: torch.device, ranks: Ranks
+) -> Pupil:
+    own, none = FullModel(source, device, reads=False), taught.none_1LD
     teachers = family_of(teacher).sampler(teacher)
-    original = cache(lambda: FullModel(teacher, device))  # only training asks it anything
+
+    @cache  # only training asks it anything
+    def original() -> FullModel:
+        found = FullModel(teacher, device, reads=False)
+        for chain in found.chains.values() if ranks.world > 1 else ():
+            shard(chain.module, ranks)
+        return found
+
     experts = [one for one in own.chains if one.startswith(_TRAINED)]
     chain = own.chains[_TRAINED]
 
@@ -99,7 +127,21 @@ def _pupil(source: Source, teacher: Source, taught: Lessons, device: torch.devic
         device=device,
         sampler=own.sampler,
         teachers=teachers,
+        ranks=ranks,
     )
+
+
+@torch.no_grad()
+def _decoded(source: Source, device: torch.device, latents: Tensor) -> Tensor:
+    family = family_of(source)  # read each time: a sheet is rare, and training needs the memory
+    vae = family.load(source, "vae_decoder").to(device)
+    return family.decode(source, vae, latents.to(device))
+
+
+def _write_sheets(folder: Path, sheets: Mapping[int, bytes]) -> None:
+    folder.mkdir()
+    for step, png in sheets.items():
+        (folder / f"step-{step:06d}.png").write_bytes(png)
 
 
 def _write_student(folder: Path, source: Source, student: Distilled) -> None:
@@ -125,48 +167,3 @@ def _write_student(folder: Path, source: Source, student: Distilled) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-class Checkpoints:
-    """Checkpoints in a folder that survives kills, and the losses so far."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.curve: list[dict[str, float]] = []
-
-    def searched(self, done: int, most: int, error_db: float) -> None:
-        told = f"{done} sets of levels tried, error {error_db:.2f} dB"
-        log.info("distill: %s", told, extra={"progress": (done, most, "distill: search")})
-
-    def step(self, done: int, total: int, values: Mapping[str, float]) -> None:
-        self.curve.append({"step": done, **values})
-        told = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        log.info("distill: %s", told, extra={"progress": (done, total, "distill")})
-
-    def judged(self, done: int, score: float) -> None:
-        self.curve.append({"step": done, "held_out": score})
-        log.info("distill: step %d, held-out score %.4g", done, score)
-
-    def save(self, name: str, state: Mapping[str, Tensor]) -> None:
-        if name == "state":
-            disk.write_text(self._path("curve"), json.dumps(self.curve))
-        unfinished = self._path(name).with_suffix(".tmp")
-        save_file({key: one.detach().cpu().contiguous() for key, one in state.items()}, unfinished)
-        disk.put(unfinished, self._path(name))
-
-    def load(self, name: str) -> Mapping[str, Tensor] | None:
-        if not self._path(name).exists():
-            return None
-        state = load_file(self._path(name))
-        if name == "state" and not self.curve:
-            curve = json.loads(self._path("curve").read_text(encoding="utf-8"))
-            self.curve = [one for one in curve if one["step"] <= int(state["done"])]
-        return state
-
-    def keep_batch(self, step: int, batch: Mapping[str, Tensor]) -> str:
-        path = self._path(f"batch-{step}")
-        save_file({key: one.detach().cpu().contiguous() for key, one in batch.items()}, path)
-        return str(path)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.checkpoint"

@@ -30,14 +30,17 @@ class State:
 
 
 class FullModel:
-    """Text encoder and transformers of a model folder, in float32 on a device."""
+    """Text encoder and transformers of a model folder, in float32 on a device.
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    reads: False leaves the text encoder out, for those who have its features.
+    """
+
+    def __init__(self, source: Source, device: torch.device, *, reads: bool = True) -> None:
         family = family_of(source)
         self.chains = {
             component: family.chain(source, component, family.load(source, component).to(device))
             for component in family.components(source)
-            if component in family.chained
+            if component in family.chained and (reads or component != "text_encoder")
         }
         self.tokenizer = PromptTokenizer(source.folder / "tokenizer", family.text_length(source))
         self.sampler = family.sampler(source)

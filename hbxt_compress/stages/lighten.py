@@ -20,7 +20,8 @@ from hbxt_compress.lightened import FOLDER, new_decoder, write_decoder
 from hbxt_compress.machine import Machine
 from hbxt_compress.models.light_decoder import LightDecoder
 from hbxt_compress.source import Source
-from hbxt_compress.stages.distill import STUDENT, Checkpoints
+from hbxt_compress.stages.checkpoints import Checkpoints
+from hbxt_compress.stages.distill import STUDENT
 from hbxt_compress.store import Entry, Work
 from hbxt_compress.views import Views
 

@@ -20,6 +20,7 @@ from hbxt_compress.models import family_of
 from hbxt_compress.prompts import load_prompts
 from hbxt_compress.source import Source, locate
 from hbxt_compress.stages import distill as stage
+from hbxt_compress.stages.checkpoints import Checkpoints
 from hbxt_compress.stages.distill import STUDENT, distill
 from hbxt_compress.stages.teach import teach
 from hbxt_compress.store import Entry, Store
@@ -85,7 +86,7 @@ def test_a_killed_training_ends_the_same(
     name: str, until: int, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = made(Store(tmp_path / "whole"), micro_wan, name)
-    store, told = Store(tmp_path / "store"), stage.Checkpoints.step
+    store, told = Store(tmp_path / "store"), Checkpoints.step
 
     class Killed(BaseException):
         pass
@@ -95,10 +96,10 @@ def test_a_killed_training_ends_the_same(
         if done == until:
             raise Killed
 
-    monkeypatch.setattr(stage.Checkpoints, "step", step)
+    monkeypatch.setattr(Checkpoints, "step", step)
     with pytest.raises(Killed):
         made(store, micro_wan, name)
-    monkeypatch.setattr(stage.Checkpoints, "step", told)
+    monkeypatch.setattr(Checkpoints, "step", told)
     again = made(store, micro_wan, name)
     assert again.digest == whole.digest
     lines = (again.folder / "training.jsonl").read_text().splitlines()

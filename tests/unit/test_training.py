@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hbxt_compress.algorithms.training import Diverged, Net, Training, drawn, train
+from hbxt_compress.ranks import ALONE, Ranks
 
 HOW = Training(
     n_steps=250, batch=16, rate=1e-2, warmup=5, precision="float32", judge_every=50, average=0.9
@@ -22,6 +23,8 @@ class Stopped(Exception):
 
 class Memory:
     """Keeps checkpoints in memory, and stops like a kill before step `until`."""
+
+    ranks = ALONE
 
     def __init__(self, until: int | None = None) -> None:
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -134,6 +137,14 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_is_touched() -> None:
     assert torch.isnan(watch.batches[120]["x"]).any()
     assert all(bool(torch.isfinite(p).all()) for p in _weights(net))
     assert int(watch.kept["state"]["done"]) == 100
+
+
+def test_a_net_that_one_of_several_ranks_trains_alone_is_refused() -> None:
+    net, turn, judge = _made()
+    watch = Memory()
+    watch.ranks = Ranks(0, 2)
+    with pytest.raises(ValueError, match="one of 2 ranks trains alone: give Net the pupil's"):
+        train({"student": net}, HOW, turn, judge, watch)
 
 
 def test_it_stops_when_nothing_gets_better() -> None:
