@@ -113,6 +113,9 @@ def show_recipe(recipe: str) -> None:
 @click.option("--out", type=_path, help="Count the copy that `quantize --out` would make.")
 @click.option("--target", help="Only tell whether it fits a card: gfx1201, rx-9070-xt, ..., cpu.")
 @click.option("--vram", help="Its memory, such as 16GB; default: the card's own.")
+@click.option("--distill", is_flag=True, help="Only tell what training takes on several devices.")
+@click.option("--ranks", "worlds", type=click.IntRange(1), multiple=True, default=(1, 8, 16))
+@click.option("--tflops", type=click.FloatRange(0, min_open=True), help="Sustained, of a device.")
 @_geometry
 @_store
 @_device
@@ -120,7 +123,8 @@ def show_recipe(recipe: str) -> None:
 @click.pass_obj
 def plan(
     ranks: Ranks, recipe: str, model: str, every_layer: bool, only_predict: bool, renew: bool,
-    out: Path | None, target: str | None, vram: str | None, geometry: str | None, store: Path,
+    out: Path | None, target: str | None, vram: str | None, distill: bool,
+    worlds: tuple[int, ...], tflops: float | None, geometry: str | None, store: Path,
     device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Show the fate of every weight, and what a run takes.
@@ -130,20 +134,28 @@ def plan(
     then what the layers contribute is measured afterwards; with --predict their smallest formats
     are assumed instead.
 
+    With --distill: memory of each of --ranks devices that train, and device hours.
     With --target: what is resident when, whether it fits, and the smallest change that makes it.
     """
     from hbxt_compress import pipeline, show
     from hbxt_compress.machine import Machine
     from hbxt_compress.recipe import load_recipe
 
+    if distill:
+        from hbxt_compress import show_training
+
+        told_of = pipeline.training(load_recipe(recipe), model, worlds)
+        return show_training.costs(told_of, tflops, as_json)
     if target is not None:
         from hbxt_compress import show_fit
         from hbxt_compress.fit.answer import foretell
 
         answers = foretell(load_recipe(recipe), model, target, vram=vram, geometry=geometry)
         return show_fit.answers(answers, as_json)
-    if (vram, geometry) != (None, None):
-        raise UsageError("--vram and --geometry: say of which card with --target gfx1201, or cpu")
+    if (vram, geometry, tflops) != (None, None, None):
+        raise UsageError(
+            "--vram, --geometry: only with --target gfx1201, or cpu; --tflops: --distill"
+        )
     from hbxt_compress.store import Store
 
     found, results = load_recipe(recipe), Store(store, ranks)

@@ -19,6 +19,7 @@ from hbxt_compress.costs.prediction import (
     stage_costs,
 )
 from hbxt_compress.costs.rates import find_rates
+from hbxt_compress.costs.training import TrainingCost, training_costs
 from hbxt_compress.errors import PlanError, SourceError, listing
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.lightened import as_if_lightened
@@ -54,7 +55,7 @@ from hbxt_compress.stages.view import n_real_clips, view
 from hbxt_compress.store import Entry, Missing, Store
 from hbxt_compress.suite import Suite
 
-__all__ = ["compress", "evaluate", "foresee", "plan", "require_room_for", "status"]
+__all__ = ["compress", "evaluate", "foresee", "plan", "require_room_for", "status", "training"]
 
 log = logging.getLogger(__name__)
 _REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
@@ -94,6 +95,18 @@ def foresee(
         costs = stage_costs(recipe, planned, source, prompts, copied=out is not None)
     rates = find_rates(store.root / "rates.json", renew=renew)
     return planned, predict(costs, rates, ())
+
+
+def training(recipe: Recipe, model: str, ranks: Sequence[int]) -> list[TrainingCost]:
+    """What each distiller of a recipe takes on so many ranks; only headers are read.
+
+    Raises:
+        PlanError: the recipe does not distil.
+    """
+    if not recipe.distill:
+        raise PlanError(f"recipe {recipe.name}: has no `distill:`, so nothing is trained")
+    source = locate(model, hashed=False)
+    return training_costs(family_of(source), source, recipe.distill, ranks)
 
 
 def require_room_for(recipe: Recipe, model: str, store: Store, *, out: Path | None = None) -> None:

@@ -70,7 +70,7 @@ ROWS = (
     {"pipeline"},
     {"smoke"},
     {"show", "progress", "stopping", "doctor"},
-    {"show_fit"},
+    {"show_fit", "show_training"},
     {"ending", "film", "cli_import"},
     {"cli", "__init__"},
     {"__main__"},
