@@ -6,7 +6,6 @@ Heavy imports happen inside the commands, so that `hbxt --help` answers at once.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import click
 
 from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
+from hbxt_compress.cli_recipes import copy, recipes, show_recipe
 from hbxt_compress.errors import (
     CheckFailed,
     QualityGateFailed,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hbxt_compress.runtime.session import Provider
 
 __all__ = [
-    "BUILTIN", "check", "copy", "doctor", "evaluate", "generate", "hbxt", "main", "plan",
-    "quantize", "recipes", "results", "show_recipe", "status", "verify",
+    "BUILTIN", "check", "doctor", "evaluate", "generate", "hbxt", "main", "plan",
+    "quantize", "results", "status", "verify",
 ]  # fmt: skip
 
 BUILTIN = "builtin/tiny-wan"
@@ -78,30 +78,6 @@ def hbxt(context: click.Context, verbose: bool, debug: bool) -> None:
     watch(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING, ranks.rank)
     if not (verbose or debug):
         warnings.simplefilter("ignore")
-
-
-@hbxt.command()
-@_json
-def recipes(as_json: bool) -> None:
-    """List the recipes of the library."""
-    from hbxt_compress import library, show
-    from hbxt_compress.recipe import load_recipe
-
-    show.recipes([load_recipe(name) for name in library.names("recipes")], as_json)
-
-
-@hbxt.command("show")
-@click.argument("recipe")
-def show_recipe(recipe: str) -> None:
-    """Print RECIPE with its defaults.
-
-    JSON, checked, with the digest that results are filed under.
-    """
-    from hbxt_compress import show
-    from hbxt_compress.recipe import load_recipe
-
-    found = load_recipe(recipe)
-    show.as_json({**found.model_dump(mode="json"), "digest": found.digest})
 
 
 @hbxt.command()
@@ -373,23 +349,8 @@ def results(reports: tuple[Path, ...]) -> None:
     click.echo(results_table([QualityReport.load(folder) for folder in reports]), nl=False)
 
 
-@hbxt.command()
-@click.argument("recipe")
-@click.argument("file", type=_path)
-def copy(recipe: str, file: Path) -> None:
-    """Copy RECIPE to FILE to change it."""
-    from hbxt_compress import library
-
-    if not library.is_path(str(file)) or file.exists():
-        raise UsageError(
-            f"{file}: " + ("exists already" if file.exists() else "give a name that ends in .yaml")
-        )
-    text = library.find("recipes", recipe).read_text(encoding="utf-8")
-    name = re.sub(r"[^a-z0-9._-]+", "-", file.stem.lower()).strip("-._") or "recipe"
-    file.write_text(re.sub(r"(?m)^name: .*$", f"name: {name}", text, count=1), encoding="utf-8")
-
-
-hbxt.add_command(import_)
+for _command in (import_, recipes, show_recipe, copy):
+    hbxt.add_command(_command)
 
 
 def _promised_suite(recipe: object) -> str:

@@ -33,7 +33,7 @@ from hbxt_compress.stages.checkpoints import Checkpoints
 from hbxt_compress.stages.full_model import FullModel
 from hbxt_compress.store import Entry, Work
 
-__all__ = ["AT_ONCE", "FACTS", "STUDENT", "VERSION", "Checkpoints", "distill"]
+__all__ = ["AT_ONCE", "FACTS", "STUDENT", "VERSION", "distill"]
 
 VERSION = 1
 FACTS = ("torch", "diffusers", "transformers")
