@@ -53,6 +53,8 @@ class Dmd(Settings):
     critic_rate: Annotated[float, Field(gt=0)] = 1.0e-4
     critic_steps: Annotated[int, Field(ge=1)] = 5
     """of the critic for each of the student's"""
+    critic_first: Annotated[int, Field(ge=0)] = 100
+    """steps of it before the student's first: it begins as the teacher without guidance"""
     guidance: Annotated[float, Field(ge=1)] | None = None
     """of the teacher, in the standard form (Hummingbird-XT writes 6.0 for 7.0); none: its own"""
     score_levels: tuple[float, float] = (0.02, 0.98)
@@ -85,17 +87,19 @@ class Dmd(Settings):
     def n_velocities(self, n_levels: int) -> int:
         """About how many states the model answers; a gradient counts as three forwards."""
         walked = (len(self.noise_levels) - 1) / 2
-        each = (walked + 3 + 1 + 2) + self.critic_steps * (walked + 1 + 3)
-        return int(self.train.n_steps * self.train.batch * each)
+        n_critic = self.train.n_steps * self.critic_steps + self.critic_first
+        each = self.train.n_steps * (walked + 3 + 1 + 2) + n_critic * (walked + 1 + 3)
+        return int(self.train.batch * each)
 
     @property
     def networks(self) -> tuple[Network, ...]:
         """What it holds: student and critic, both trained, and the teacher."""
         n, walked = self.train.n_steps * self.train.batch, (len(self.noise_levels) - 1) / 2
-        made = n * (walked + self.critic_steps * (walked + 1))
+        n_critic = n * self.critic_steps + self.critic_first * self.train.batch
+        made = n * walked + n_critic * (walked + 1)
         return (
             Network(name="student", trained=True, n_gradients=n, n_forwards=made),
-            Network(name="critic", trained=True, n_gradients=n * self.critic_steps, n_forwards=n),
+            Network(name="critic", trained=True, n_gradients=n_critic, n_forwards=n),
             Network(name="teacher", trained=False, n_forwards=2 * n),
         )
 
@@ -174,7 +178,7 @@ class Dmd(Settings):
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:
             done, fakes = k / how.n_steps, []
-            for j in range(self.critic_steps):
+            for j in range(self.critic_steps + (0 if k else self.critic_first)):
                 fakes.append(learn_critic(drawn(how.seed, k, _CRITIC, j), done))
             draw = drawn(how.seed, k)
             eps, text, last = batch(draw)
