@@ -35,9 +35,10 @@ SMALL = {
     ),
     "dmd": Dmd(
         noise_levels=(1.0, 0.8),
-        train=_SHORT.model_copy(update={"rate": 1e-4, "betas": (0.0, 0.99)}),
-        critic_rate=1e-3,
-        critic_steps=1,
+        train=_SHORT.model_copy(update={"betas": (0.0, 0.99), "average": 0.5}),
+        critic_rate=2e-3,
+        critic_steps=2,
+        critic_first=20,
         n_clips=64,
         prompts="tiny",
     ),
