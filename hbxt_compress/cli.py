@@ -90,7 +90,7 @@ def hbxt(context: click.Context, verbose: bool, debug: bool) -> None:
 @click.option("--target", help="Only tell whether it fits a card: gfx1201, rx-9070-xt, ..., cpu.")
 @click.option("--vram", help="Its memory, such as 16GB; default: the card's own.")
 @click.option("--distill", is_flag=True, help="Only tell what training takes on several devices.")
-@click.option("--ranks", "worlds", type=click.IntRange(1), multiple=True, default=(1, 8, 16))
+@click.option("--ranks", "worlds", type=click.IntRange(1), multiple=True, help="Default: 1, 8, 16.")
 @click.option("--tflops", type=click.FloatRange(0, min_open=True), help="Sustained, of a device.")
 @_geometry
 @_store
@@ -120,18 +120,18 @@ def plan(
     if distill:
         from hbxt_compress import show_training
 
-        told_of = pipeline.training(load_recipe(recipe), model, worlds)
+        told_of = pipeline.training(load_recipe(recipe), model, worlds or (1, 8, 16))
         return show_training.costs(told_of, tflops, as_json)
+    if worlds or tflops is not None:
+        raise UsageError("--ranks and --tflops: of devices that train; say --distill, too")
     if target is not None:
         from hbxt_compress import show_fit
         from hbxt_compress.fit.answer import foretell
 
         answers = foretell(load_recipe(recipe), model, target, vram=vram, geometry=geometry)
         return show_fit.answers(answers, as_json)
-    if (vram, geometry, tflops) != (None, None, None):
-        raise UsageError(
-            "--vram, --geometry: only with --target gfx1201, or cpu; --tflops: --distill"
-        )
+    if (vram, geometry) != (None, None):
+        raise UsageError("--vram and --geometry: say of which card with --target gfx1201, or cpu")
     from hbxt_compress.store import Store
 
     found, results = load_recipe(recipe), Store(store, ranks)
