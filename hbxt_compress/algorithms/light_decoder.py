@@ -4,9 +4,10 @@ On a batch of real clips x, and of latents that the model made, where x is the f
 
     min E e^2 + a |e| + b sum_s |grad e_s| + c |d_t e| + d ||P f - f_teacher||^2 / ||f_teacher||^2
 
-with e = y - x; e_s: averaged over s x s pixels, s = 1, 2, 4; d_t: from frame to frame; f: what the
-low-resolution stages give, P: 1x1 convolutions learnt along (Turbo-VAED, arXiv 2508.09136, with
-differences in space and time instead of LPIPS, whose weights need a download).
+with e = y - x, the first frame counted as often as the frames of any other latent one, else its
+colours come out wrong; e_s: averaged over s x s pixels, s = 1, 2, 4; d_t: from frame to frame; f:
+what the low-resolution stages give, P: 1x1 convolutions learnt along (Turbo-VAED, arXiv 2508.09136,
+with differences in space and time instead of LPIPS, whose weights need a download).
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class Light(Settings):
     kernel: Annotated[int, Field(ge=1, le=7)] = 3
     """pixels along a side that a depthwise convolution sees; odd"""
     train: Training = Training(
-        n_steps=6000, batch=8, rate=2.0e-3, warmup=100, average=0.995, judge_every=500
+        n_steps=3600, batch=8, rate=2.0e-3, warmup=100, average=0.995, judge_every=500
     )
     losses: Losses = Losses()
-    n_clips: Annotated[int, Field(ge=8)] = 256
+    n_clips: Annotated[int, Field(ge=8)] = 64
     """clips that the model makes for it; the last sixteenth judges only"""
     n_real: Annotated[int, Field(ge=0)] = 1024
     """real clips, where a model has any; the last sixteenth judges only"""
@@ -152,6 +153,7 @@ class Light(Settings):
             torch.manual_seed(how.seed)  # the projections begin the same, too
             taught = _Taught(decoder, views.rows("made", [0]), self.wants_features)
         net, device = Net(taught, how), next(decoder.parameters()).device
+        first = int(decoder.factor_in_time)  # type: ignore[arg-type]
 
         def turn(k: int) -> tuple[dict[str, float], dict[str, Tensor]]:
             draw, parts = drawn(how.seed, k), []
@@ -162,7 +164,7 @@ class Light(Settings):
             x = _signed(torch.cat([one.frames_N3THW for one in parts])).to(device)
             with how.autocast(device):
                 y, matched = taught(z, parts[-1].features)
-            terms = error_terms(y.float() - x)
+            terms = error_terms(y.float() - x, first)
             loss = (
                 terms["squared"]
                 + self.losses.absolute * terms["absolute"]
@@ -229,16 +231,21 @@ class _Taught(nn.Module):
         return self.decoder.pixels(y), torch.stack(errors).sum()  # type: ignore[operator]
 
 
-def error_terms(e_N3THW: Tensor) -> dict[str, Tensor]:
-    """Means over an error's pixels: squared, absolute, gradient (at three scales), temporal."""
-    gradient, flat = [], e_N3THW.flatten(0, 1)
+def error_terms(e_N3THW: Tensor, first: int = 1) -> dict[str, Tensor]:
+    """Means over an error's pixels: squared, absolute, gradient (at three scales), temporal.
+
+    first: times that the first frame counts, but for the temporal mean.
+    """
+    whole, temporal = e_N3THW, e_N3THW.diff(dim=2).abs()
+    if first > 1:
+        whole = torch.cat([e_N3THW[:, :, :1].expand(-1, -1, first - 1, -1, -1), e_N3THW], dim=2)
+    gradient, flat = [], whole.flatten(0, 1)
     for scale in (1, 2, 4):
         e = F.avg_pool3d(flat, (1, scale, scale)) if scale > 1 else flat
         gradient += [e.diff(dim=2).abs().mean(), e.diff(dim=3).abs().mean()]
-    temporal = e_N3THW.diff(dim=2).abs()
     return {
-        "squared": e_N3THW.square().mean(),
-        "absolute": e_N3THW.abs().mean(),
+        "squared": whole.square().mean(),
+        "absolute": whole.abs().mean(),
         "gradient": torch.stack(gradient).mean(),
         "temporal": temporal.mean() if temporal.numel() else e_N3THW.new_zeros(()),
     }

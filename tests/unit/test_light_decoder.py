@@ -149,6 +149,17 @@ def test_the_error_terms_are_what_they_say() -> None:
     assert found["gradient"] == pytest.approx(float(sum(steps)) / 6, rel=1e-4)
 
 
+def test_the_first_frame_counts_as_often_as_it_is_told() -> None:
+    torch.manual_seed(0)
+    e, first = torch.randn(2, 3, 3, 8, 12), 4
+    once, often = error_terms(e), error_terms(e, first)
+    for name in ("squared", "absolute", "gradient"):
+        by_frame = [float(error_terms(e[:, :, t : t + 1])[name]) for t in range(3)]
+        wanted = (first * by_frame[0] + by_frame[1] + by_frame[2]) / (first + 2)
+        assert float(often[name]) == pytest.approx(wanted, rel=1e-5)
+    assert float(often["temporal"]) == float(once["temporal"])
+
+
 def test_more_stages_repeat_the_first() -> None:
     sizes = _SMALL.sizes(48, 4, 16)
     assert sizes["widths"] == (16, 16, 8, 8)
