@@ -89,7 +89,7 @@ class FewSteps(Settings):
     ridge: Annotated[float, Field(ge=0)] = 1.0e-6
     """pull towards Euler's step, relative to each basis vector's energy"""
     tune: Training = Training(
-        n_steps=120, batch=16, rate=2e-3, warmup=10, betas=(0.9, 0.95), average=0.9, judge_every=30
+        n_steps=200, batch=16, rate=2e-3, warmup=10, betas=(0.9, 0.95), average=0.9, judge_every=40
     )
     """how all of it is tuned together, from the fitted steps on"""
 
