@@ -32,11 +32,13 @@ def distilling_costs(
     held = _held(family, source)
     model_bytes = sum(size for size, _ in source.stamps.values())
     loaded = numbers(held, 2, 4)
-    found = []
+    found, shared = list[StageCost](), set[tuple[object, ...]]()
     for one in how:
-        n_states = len(one.levels(spec.sigmas().tolist())) + 1
-        taught = _teach(family, source, forwards, one.n_clips, n_states)
-        found.append(taught)
+        levels = tuple(one.levels(spec.sigmas().tolist()))
+        taught = _teach(family, source, forwards, one.n_clips, len(levels) + 1)
+        if (lesson := (one.prompts, one.n_clips, levels)) not in shared:
+            found.append(taught)
+            shared.add(lesson)
         kept, fixed = taught.kept_bytes, BASE_BYTES + 4.0 * held
         peak = taught.peak_bytes - fixed
         each = _velocities(family, source, forwards, timesteps[0], FITTED_AT_ONCE)

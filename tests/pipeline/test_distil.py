@@ -152,3 +152,15 @@ def test_a_plan_makes_no_student(
     assert not (store.root / "distill").exists()
     assert "the student is not made yet" in caplog.text
     assert len(planned.quantized) > 0
+
+
+def test_lessons_that_two_distillers_share_are_foretold_once(
+    micro_wan: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "both.yaml"
+    start, end = _RECIPE.index("distill:"), _RECIPE.index("rules:")
+    both = "distill: [{use: trajectory, solver: renoise}, {use: dmd}]\n"
+    path.write_text(_RECIPE[:start] + both + _RECIPE[end:])
+    _, told = pipeline.foresee(load_recipe(str(path)), str(micro_wan), Store(tmp_path / "store"))
+    stages = [one.stage for one in told.stages]
+    assert (stages.count("teach"), stages.count("distill")) == (1, 2)
