@@ -17,7 +17,6 @@ on the teacher's own, with their prompts: on blurred ones better, on others wors
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
@@ -27,6 +26,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from hbxt_compress.algorithms.low_rank_update import adapt
+from hbxt_compress.algorithms.noise_levels import NoiseLevels, noised, shifted, wide
 from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.sharding import gathered, shard
 from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
@@ -34,7 +34,7 @@ from hbxt_compress.lessons import Lessons
 from hbxt_compress.ranks import ALONE, Ranks
 from hbxt_compress.strict import Settings
 
-__all__ = ["Dmd", "energy_distance", "matching_gradient", "noised"]
+__all__ = ["Dmd", "energy_distance", "matching_gradient"]
 
 _JUDGED = -1  # the number of the draw that judges
 _SHOWN = 4  # clips that are shown after a judgement
@@ -47,7 +47,7 @@ class Dmd(Settings):
 
     VERSION: ClassVar[int] = 1
 
-    noise_levels: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 0.9375, 0.8333, 0.625)
+    noise_levels: NoiseLevels = (1.0, 0.9375, 0.8333, 0.625)
     """where the steps start: 1000, 750, 500, 250 warped by shift 5"""
     train: Training = Training(n_steps=500, rate=2e-5, betas=(0.0, 0.999), clip=10.0, average=0.99)
     critic_rate: Annotated[float, Field(gt=0)] = 1.0e-4
@@ -65,13 +65,6 @@ class Dmd(Settings):
     """whose prompts it trains on; the last eighth judges, against the teacher's clips"""
     prompts: str = "captions"
     """the prompt set that they are made of"""
-
-    @field_validator("noise_levels")
-    @classmethod
-    def _falling(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-        if levels[0] != 1 or any(b >= a or b <= 0 for a, b in itertools.pairwise(levels)):
-            raise ValueError(f"must start at 1 and fall, staying above 0: {list(levels)}")
-        return levels
 
     @field_validator("score_levels")
     @classmethod
@@ -164,8 +157,8 @@ class Dmd(Settings):
             """The clips noised, at which levels N, and with which noise."""
             low, high = self.score_levels
             u = low + (high - low) * _rows(ranks, (len(clean),), torch.rand, draw)
-            s, eps = _shifted(u, pupil.teachers.shift).to(device), _normal(clean, draw, ranks)
-            return noised(clean, _wide(s), eps), s, eps
+            s, eps = shifted(u, pupil.teachers.shift).to(device), _normal(clean, draw, ranks)
+            return noised(clean, wide(s), eps), s, eps
 
         def learn_critic(draw: torch.Generator, done: float) -> float:
             eps, text, last = batch(draw)
@@ -185,8 +178,8 @@ class Dmd(Settings):
             clean = generated(eps, text, last, draw)
             with torch.no_grad():
                 z, s, _ = scored(clean, draw)
-                fake = z - _wide(s) * velocity(critic, z, s, text)
-                real = z - _wide(s) * guided(z, s, text)
+                fake = z - wide(s) * velocity(critic, z, s, text)
+                real = z - wide(s) * guided(z, s, text)
                 gradient = matching_gradient(clean, fake, real)
             loss = 0.5 * (clean - (clean - gradient).detach()).square().mean()
             norm = nets["student"].descend(loss, done)
@@ -198,9 +191,9 @@ class Dmd(Settings):
             """By level, how far off the teacher's guided denoiser is on such clips."""
             found = []
             for i, u in enumerate(_JUDGED_AT):
-                s = _shifted(torch.full((len(clean),), u), pupil.teachers.shift).to(device)
-                z = noised(clean, _wide(s), _normal(clean, drawn(how.seed, _JUDGED, i), ALONE))
-                found.append((z - _wide(s) * guided(z, s, text) - clean).square().sum().double())
+                s = shifted(torch.full((len(clean),), u), pupil.teachers.shift).to(device)
+                z = noised(clean, wide(s), _normal(clean, drawn(how.seed, _JUDGED, i), ALONE))
+                found.append((z - wide(s) * guided(z, s, text) - clean).square().sum().double())
             return torch.stack(found).cpu()
 
         @torch.no_grad()
@@ -246,19 +239,10 @@ class Dmd(Settings):
         )
 
 
-def _shifted(levels: Tensor, shift: float) -> Tensor:
-    return shift * levels / (1 + (shift - 1) * levels)
-
-
-def noised(clean: Tensor, level: Tensor, eps: Tensor) -> Tensor:
-    """(1 - s) x0 + s eps."""
-    return (1 - level) * clean + level * eps
-
-
 def matching_gradient(clean: Tensor, fake: Tensor, real: Tensor) -> Tensor:
     """Where clips are to go less of: N C T H W, each scaled by the teacher's distance to it."""
     scale = (clean - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-    return (fake - real) / _wide(scale)
+    return (fake - real) / wide(scale)
 
 
 def energy_distance(a_NCTHW: Tensor, b_NCTHW: Tensor) -> float:
@@ -280,8 +264,3 @@ def _rows(
 ) -> Tensor:
     """Random numbers for this rank's rows, the same as one rank draws for them."""
     return own(ranks, how(shape[0] * ranks.world, *shape[1:], generator=draw))[0]
-
-
-def _wide(values_N: Tensor) -> Tensor:
-    """N 1 1 1 1: one number for each clip."""
-    return values_N.view(-1, 1, 1, 1, 1)

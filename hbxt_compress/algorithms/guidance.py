@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hbxt_compress.algorithms.noise_levels import noised, shifted, wide
 from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
 from hbxt_compress.lessons import Lessons
-from hbxt_compress.sampler import SamplerSpec
 from hbxt_compress.strict import Settings
 
 __all__ = ["Guidance"]
@@ -73,11 +73,10 @@ class Guidance(Settings):
         def batch(rows: Sequence[int], draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
             x0 = lessons.states(rows, [len(lessons.levels_K) - 1] * len(rows))
             spread = (torch.arange(len(rows)) + torch.rand(len(rows), generator=draw)) / len(rows)
-            levels = _shifted(spread.clamp(1e-3, 1), pupil.teachers)
-            eps = torch.randn(x0.shape, generator=draw)
-            s = levels.view(-1, 1, 1, 1, 1)
+            levels = shifted(spread.clamp(1e-3, 1), pupil.teachers.shift)
+            x = noised(x0, wide(levels), torch.randn(x0.shape, generator=draw))
             t = levels * pupil.teachers.n_train_timesteps
-            return ((1 - s) * x0 + s * eps).to(device), t.to(device), lessons.text(rows).to(device)
+            return x.to(device), t.to(device), lessons.text(rows).to(device)
 
         def error(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
             wanted = pupil.teacher(x, t, text)
@@ -108,7 +107,7 @@ class Guidance(Settings):
             """Clean latents as both foretell them of the same noised ones."""
             rows = range(len(lessons) - n_judged, len(lessons))[:_SHOWN]
             x, t, text = batch(rows, drawn(how.seed, _JUDGED))
-            s = t.view(-1, 1, 1, 1, 1) / pupil.teachers.n_train_timesteps
+            s = wide(t) / pupil.teachers.n_train_timesteps
             with how.autocast(device):
                 found = call(module, x, t, text).float()
             return x - s * found, x - s * pupil.teacher(x, t, text)
@@ -119,7 +118,3 @@ class Guidance(Settings):
             measured={"held_out_error_before": before, "held_out_error": after},
             weights=net.weights(),
         )
-
-
-def _shifted(levels: Tensor, sampler: SamplerSpec) -> Tensor:
-    return sampler.shift * levels / (1 + (sampler.shift - 1) * levels)

@@ -15,15 +15,15 @@ the path ends instead: x_N in place of x_(k+1), as CausVid's does (Yin et al. 20
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from hbxt_compress.algorithms.noise_levels import NoiseLevels, wide
 from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
 from hbxt_compress.lessons import Lessons
@@ -39,7 +39,7 @@ class Trajectory(Settings):
 
     VERSION: ClassVar[int] = 1
 
-    noise_levels: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 0.9375, 0.8333, 0.625)
+    noise_levels: NoiseLevels = (1.0, 0.9375, 0.8333, 0.625)
     """where the steps start; the teacher's nearest are taken"""
     solver: Literal["euler", "renoise"] = "euler"
     train: Training = Training(n_steps=2000, rate=5.0e-4, average=0.99)
@@ -49,13 +49,6 @@ class Trajectory(Settings):
     """clips that the teacher makes for it; the last sixteenth judges only"""
     prompts: str = "captions"
     """the prompt set that they are made of"""
-
-    @field_validator("noise_levels")
-    @classmethod
-    def _falling(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-        if levels[0] != 1 or any(b >= a or b <= 0 for a, b in itertools.pairwise(levels)):
-            raise ValueError(f"must start at 1 and fall, staying above 0: {list(levels)}")
-        return levels
 
     @model_validator(mode="after")
     def _own(self) -> Self:
@@ -111,7 +104,7 @@ class Trajectory(Settings):
 
         def advanced(x: Tensor, at: Tensor, text: Tensor) -> Tensor:
             """x at its levels taken to where those steps aim."""
-            return x + _wide(gaps[at]) * velocity(x, at, text)
+            return x + wide(gaps[at]) * velocity(x, at, text)
 
         @torch.no_grad()
         def walked(x: Tensor, at: Tensor, text: Tensor, most: int) -> Tensor:
@@ -138,7 +131,7 @@ class Trajectory(Settings):
                 x = walked(lessons.states(rows, [0] * len(rows)), at, text, most)
             else:
                 x = lessons.states(rows, at.tolist())
-            wanted = (lessons.states(rows, aims[at].tolist()) - x) / _wide(gaps[at])
+            wanted = (lessons.states(rows, aims[at].tolist()) - x) / wide(gaps[at])
             weights = gaps[at].abs() / gaps.abs().mean()
             missed = (velocity(x, at, text) - wanted).square().flatten(1).mean(1)
             loss = (missed * weights).mean()
@@ -190,8 +183,3 @@ class Trajectory(Settings):
             measured={"held_out_error_before": before, "held_out_error": after},
             weights=net.weights(),
         )
-
-
-def _wide(values_N: Tensor) -> Tensor:
-    """N 1 1 1 1: one number for each row of latents."""
-    return values_N.view(-1, 1, 1, 1, 1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hbxt_compress.algorithms.dmd import Dmd, energy_distance, matching_gradient, noised
+from hbxt_compress.algorithms.dmd import Dmd, energy_distance, matching_gradient
 from hbxt_compress.algorithms.low_rank_update import adapt
+from hbxt_compress.algorithms.noise_levels import noised
 from hbxt_compress.algorithms.pupil import Distilled, Pupil
 from hbxt_compress.algorithms.training import Training
 from hbxt_compress.lessons import Lesson, Lessons
