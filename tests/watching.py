@@ -1,14 +1,37 @@
-"""A Watch for tests of algorithms: keeps what it is told, in memory."""
+"""A Watch for tests of algorithms, in memory; and trainings that are killed on their way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import pytest
 from torch import Tensor
 
 from hbxt_compress.ranks import ALONE
+from hbxt_compress.stages.checkpoints import Checkpoints
 
-__all__ = ["Silent"]
+__all__ = ["Silent", "killed_at"]
+
+
+class _Killed(BaseException):
+    """Nobody catches it by mistake."""
+
+
+@contextmanager
+def killed_at(until: int) -> Iterator[None]:
+    """Whatever trains with checkpoints meanwhile is killed after that step, and must come to it."""
+    told = Checkpoints.step
+
+    def step(self: Checkpoints, done: int, total: int, values: Mapping[str, float]) -> None:
+        told(self, done, total, values)
+        if done == until:
+            raise _Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "step", step)
+        with pytest.raises(_Killed):
+            yield
 
 
 class Silent:

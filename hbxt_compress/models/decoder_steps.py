@@ -23,16 +23,16 @@ Reference = Callable[..., Sequence[Tensor]]
 
 
 class Past:
-    """The caches of a step in the order in which convolutions ask for them; None in the first."""
+    """The caches of a step in the order in which convolutions ask for them; none in the first."""
 
-    def __init__(self, caches: Sequence[Tensor] | None) -> None:
-        self._caches = None if caches is None else list(caches)
-        self.first = caches is None
+    def __init__(self, caches: Sequence[Tensor]) -> None:
+        self._caches = list(caches)
+        self.first = not caches
         self.kept: list[Tensor] = []
 
     def before(self, x: Tensor) -> Tensor | None:
         """The two frames before x, T C H W; of all these the last two are kept."""
-        if self._caches is None:
+        if self.first:
             self.kept.append(functional.pad(x, (0, 0, 0, 0, 0, 0, KEPT_FRAMES - 1, 0)))
             return None
         found, n_missing = self._caches.pop(0), max(0, KEPT_FRAMES - x.shape[0])
@@ -46,12 +46,11 @@ class Past:
 
 
 def step_graphs(
-    first: nn.Module, later: nn.Module, bucket: Bucket,
-    *, first_reference: Reference, next_reference: Reference,
-) -> dict[str, GraphSpec]:  # fmt: skip
+    step: nn.Module, bucket: Bucket, *, first_reference: Reference, next_reference: Reference
+) -> dict[str, GraphSpec]:
     """The graphs that a bucket names, for whole frames and for tiles.
 
-    first(latent 1 C 1 H W) and later(latent, *caches): a sample 1 3 T H W and the new caches.
+    step(latent 1 C 1 H W, *caches): a sample 1 3 T H W and the new caches; a clip's first has none.
     """
     channels, _, height, width = bucket.latent_shape
     sizes: list[tuple[Bucket | Tile, int, int]] = [(bucket, height, width)]
@@ -61,18 +60,18 @@ def step_graphs(
     graphs: dict[str, GraphSpec] = {}
     for names, rows, columns in sizes:
         frame = TensorSpec(shape=(1, channels, 1, rows, columns))
-        with without_values(first), torch.no_grad():
-            _, *kept = first(torch.zeros(frame.shape))
+        with without_values(step), torch.no_grad():
+            _, *kept = step(torch.zeros(frame.shape))
         caches = {f"cache_in_{i}": TensorSpec(shape=tuple(one.shape)) for i, one in enumerate(kept)}
         outputs = ["sample", *(f"cache_out_{i}" for i in range(len(kept)))]
         graphs[names.first] = GraphSpec(
-            module=first,
+            module=step,
             inputs={"latent_sample": frame},
             outputs=outputs,
             reference=first_reference,
         )
         graphs[names.next] = GraphSpec(
-            module=later,
+            module=step,
             inputs={"latent_sample": frame, **caches},
             outputs=outputs,
             reference=next_reference,

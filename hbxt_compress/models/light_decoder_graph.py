@@ -27,8 +27,7 @@ def light_decoder_graphs(
         return (torch.clamp(decoder(latent, caches or None), min=-1.0, max=1.0),)
 
     graphs = step_graphs(
-        _FirstStep(decoder),
-        _NextStep(decoder),
+        _Step(decoder),
         bucket,
         first_reference=sample,
         next_reference=sample,
@@ -45,24 +44,15 @@ class _Step(nn.Module):
         self.model = shared_copy(decoder)
         swap(self.model, _swaps)
 
-    def decode(self, latent: Tensor, past: Past) -> tuple[Tensor, ...]:
-        """sample 1 3 T H W in -1..1, then the new caches, two frames each."""
+    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """sample 1 3 T H W in -1..1, then the new caches, two frames each; none: a clip's first."""
+        past = Past(caches)
         x, _ = self.model.features(latent.transpose(1, 2)[0], past)
         x = torch.clamp(x, min=-1.0, max=1.0)
         t, c, h, w = x.shape
         p = self.patch_size
         x = x.reshape(t, c // p**2, p, p, h, w).permute(1, 0, 4, 2, 5, 3)
         return x.reshape(1, c // p**2, t, h * p, w * p), *past.kept
-
-
-class _FirstStep(_Step):
-    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, Past(None))
-
-
-class _NextStep(_Step):
-    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, Past(caches))
 
 
 def _swaps(_: str, module: nn.Module) -> nn.Module | None:

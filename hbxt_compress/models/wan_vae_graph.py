@@ -53,8 +53,7 @@ def vae_decoder_graphs(
         return (torch.clamp(x, min=-1.0, max=1.0),)
 
     graphs = step_graphs(
-        _FirstStep(vae),
-        _NextStep(vae),
+        _Step(vae),
         bucket,
         first_reference=lambda latent: vae.decode(latent, return_dict=False),
         next_reference=next_sample,
@@ -73,24 +72,15 @@ class _Step(nn.Module):
         )
         swap(self.model, _swaps)
 
-    def decode(self, latent: Tensor, past: Past) -> tuple[Tensor, ...]:
-        """sample 1 C T H W in -1..1, then the new caches, two frames each."""
+    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        """sample 1 C T H W in -1..1, then the new caches, two frames each; none: a clip's first."""
+        past = Past(caches)
         x = self.model["post_quant_conv"](latent.transpose(1, 2)[0])
         x = torch.clamp(self.model["decoder"](x, past), min=-1.0, max=1.0)
         t, c, h, w = x.shape
         p = self.patch_size
         x = x.reshape(t, c // p**2, p, p, h, w).permute(1, 0, 4, 3, 5, 2)
         return x.reshape(1, c // p**2, t, h * p, w * p), *past.kept
-
-
-class _FirstStep(_Step):
-    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, Past(None))
-
-
-class _NextStep(_Step):
-    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        return self.decode(latent, Past(caches))
 
 
 def _swaps(_: str, module: nn.Module) -> nn.Module | None:

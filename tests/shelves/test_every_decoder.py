@@ -21,13 +21,13 @@ from hbxt_compress.models import family_of
 from hbxt_compress.prompts import load_prompts
 from hbxt_compress.reference import shapes
 from hbxt_compress.source import BUILTIN, locate
-from hbxt_compress.stages import lighten as stage
 from hbxt_compress.stages.distill import STUDENT
 from hbxt_compress.stages.lighten import lighten
 from hbxt_compress.stages.teach import teach
 from hbxt_compress.stages.view import _real, n_real_clips, view
 from hbxt_compress.store import Entry, Store
 from hbxt_compress.views import View, Views
+from tests.watching import killed_at
 
 _SHORT = Training(n_steps=130, batch=4, rate=3e-3, judge_every=60, average=0.9, warmup=5)
 SMALL = {
@@ -106,24 +106,11 @@ def undisturbed(viewed: Path, micro_wan: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("until", [60, 101])
 def test_a_killed_training_ends_the_same(
-    until: int, viewed: Path, undisturbed: Entry, micro_wan: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    shutil.copytree(viewed, tmp_path / "store")
-    store, told = Store(tmp_path / "store"), stage.Checkpoints.step
-
-    class Killed(BaseException):
-        pass
-
-    def step(self, done: int, total: int, values) -> None:
-        told(self, done, total, values)
-        if done == until:
-            raise Killed
-
-    monkeypatch.setattr(stage.Checkpoints, "step", step)
-    with pytest.raises(Killed):
+    until: int, viewed: Path, undisturbed: Entry, micro_wan: Path, tmp_path: Path
+) -> None:
+    store = Store(shutil.copytree(viewed, tmp_path / "store"))
+    with killed_at(until):
         made(store, micro_wan, _RESUMED)
-    monkeypatch.setattr(stage.Checkpoints, "step", told)
     torch.manual_seed(until)  # nothing may depend on what else was drawn
     again = made(store, micro_wan, _RESUMED)
     assert again.digest == undisturbed.digest

@@ -20,10 +20,10 @@ from hbxt_compress.models import family_of
 from hbxt_compress.prompts import load_prompts
 from hbxt_compress.source import Source, locate
 from hbxt_compress.stages import distill as stage
-from hbxt_compress.stages.checkpoints import Checkpoints
 from hbxt_compress.stages.distill import STUDENT, distill
 from hbxt_compress.stages.teach import teach
 from hbxt_compress.store import Entry, Store
+from tests.watching import killed_at
 
 _SHORT = Training(
     n_steps=130, batch=4, rate=1e-3, judge_every=60, average=0.9, warmup=5, compiled=False
@@ -81,26 +81,21 @@ def test_students_are_models_of_their_family(name: str, micro_wan: Path, tmp_pat
     assert json.loads((entry.folder / "distilled.json").read_text())
 
 
-@pytest.mark.parametrize("name", DISTILLERS)
+@pytest.fixture(scope="module", params=DISTILLERS)
+def undisturbed(
+    request: pytest.FixtureRequest, micro_wan: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Entry]:
+    name = str(request.param)
+    return name, made(Store(tmp_path_factory.mktemp(name) / "store"), micro_wan, name)
+
+
 @pytest.mark.parametrize("until", [60, 101, 129])
 def test_a_killed_training_ends_the_same(
-    name: str, until: int, micro_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    until: int, undisturbed: tuple[str, Entry], micro_wan: Path, tmp_path: Path
 ) -> None:
-    whole = made(Store(tmp_path / "whole"), micro_wan, name)
-    store, told = Store(tmp_path / "store"), Checkpoints.step
-
-    class Killed(BaseException):
-        pass
-
-    def step(self, done: int, total: int, values) -> None:
-        told(self, done, total, values)
-        if done == until:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "step", step)
-    with pytest.raises(Killed):
+    (name, whole), store = undisturbed, Store(tmp_path / "store")
+    with killed_at(until):
         made(store, micro_wan, name)
-    monkeypatch.setattr(Checkpoints, "step", told)
     again = made(store, micro_wan, name)
     assert again.digest == whole.digest
     lines = (again.folder / "training.jsonl").read_text().splitlines()
