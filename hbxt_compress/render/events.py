@@ -64,14 +64,14 @@ class EventFile:
     def events(self) -> Iterator[Event]:
         """All values so far, in order; a frame that is not whole ends them."""
         content = self._path.read_bytes() if self._path.exists() else b""
-        while content:
-            if len(content) < 12 or content[8:12] != _checksum(content[:8]):
+        at = 0
+        while content[at + 8 : at + 12] == _checksum(content[at : at + 8]):
+            (length,) = struct.unpack("<Q", content[at : at + 8])
+            end = at + 12 + length
+            frame = content[at + 12 : end]
+            if content[end : end + 4] != _checksum(frame):
                 return
-            (length,) = struct.unpack("<Q", content[:8])
-            frame, rest = content[12 : 12 + length], content[12 + length :]
-            if len(rest) < 4 or rest[:4] != _checksum(frame):
-                return
-            content = rest[4:]
+            at = end + 4
             fields = dict(_fields(frame))
             if 5 in fields:
                 yield _event(fields, frame)
