@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -56,9 +57,17 @@ class Lessons:
             for row in range(file.get_slice("states_NKCTHW").get_shape()[0])
         ]
         first = self._files[0]
+        self._kept: Sequence[int] = range(len(first.get_tensor("levels_K")))
         self.levels_K = first.get_tensor("levels_K")
         self._n_tokens = int(first.get_tensor("n_tokens"))
         self.none_1LD = self._padded(first.get_tensor("none_1SD"))
+
+    def at(self, levels: Sequence[int]) -> Lessons:
+        """The same clips at some of the levels only, told by their places."""
+        fewer = copy(self)
+        fewer._kept = [self._kept[k] for k in levels]
+        fewer.levels_K = self.levels_K[list(levels)]
+        return fewer
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,7 +76,7 @@ class Lessons:
         """N C T H W: of each row the state at one of the levels."""
         return torch.stack(
             [
-                self._slice(row, "states_NKCTHW")[self._rows[row][1], k]
+                self._slice(row, "states_NKCTHW")[self._rows[row][1], self._kept[k]]
                 for row, k in zip(rows, at, strict=True)
             ]
         )

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from hbxt_compress.algorithms.low_rank_update import adapt
-from hbxt_compress.algorithms.noise_levels import NoiseLevels, noised, shifted, wide
+from hbxt_compress.algorithms.noise_levels import NoiseLevels, noised, shared, shifted, wide
 from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.sharding import gathered, shard
 from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
@@ -75,7 +75,7 @@ class Dmd(Settings):
 
     def levels(self, sigmas: Sequence[float]) -> Sequence[float]:
         """Only clean latents are needed; asking for these shares the lessons of a trajectory."""
-        return self.noise_levels
+        return shared(self.noise_levels)
 
     def n_velocities(self, n_levels: int) -> int:
         """About how many states the model answers; a gradient counts as three forwards."""

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hbxt_compress.algorithms.noise_levels import NoiseLevels, wide
+from hbxt_compress.algorithms.noise_levels import NoiseLevels, nearest, shared, wide
 from hbxt_compress.algorithms.pupil import Distilled, Network, Pupil
 from hbxt_compress.algorithms.training import Net, Training, Watch, drawn, own, train
 from hbxt_compress.lessons import Lessons
@@ -57,8 +57,8 @@ class Trajectory(Settings):
         return self
 
     def levels(self, sigmas: Sequence[float]) -> Sequence[float]:
-        """Noise levels at which the teacher's states are needed."""
-        return self.noise_levels
+        """Noise levels at which the teacher's states are kept."""
+        return shared(self.noise_levels)
 
     def n_velocities(self, n_levels: int) -> int:
         """About how many states the model answers; a gradient counts as three forwards."""
@@ -81,12 +81,9 @@ class Trajectory(Settings):
             ValueError: two of the levels are one of the teacher's, or it has two experts.
             Diverged: a loss is not finite.
         """
-        levels, how = lessons.levels_K, self.train
-        n_steps = len(levels) - 1
-        if n_steps != len(self.noise_levels):
-            raise ValueError(
-                f"trajectory: {len(self.noise_levels)} levels are {n_steps} of the teacher's"
-            )
+        clean = len(lessons.levels_K) - 1
+        lessons = lessons.at([*nearest(lessons.levels_K[:clean], self.noise_levels), clean])
+        levels, how, n_steps = lessons.levels_K, self.train, len(self.noise_levels)
         module, ranks = pupil.trainable(), pupil.ranks
         device = next(module.parameters()).device
         net, call = Net(module, how, ranks=ranks), how.compile(pupil.call, ranks)

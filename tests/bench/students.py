@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from markdown_table import markdown_table
 
+from hbxt_compress.algorithms.noise_levels import USUAL
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import Clip, ClipSet
 from hbxt_compress.machine import Machine
@@ -37,7 +38,7 @@ from hbxt_compress.source import BUILTIN
 from hbxt_compress.stages.sample import sample
 from hbxt_compress.store import Store
 
-_LEVELS = {3: (1.0, 0.9375, 0.8333), 8: (1.0, 0.9722, 0.9375, 0.8929, 0.8333, 0.75, 0.625, 0.4167)}
+_LEVELS = {3: (1.0, 0.9375, 0.8333), 8: USUAL}
 _SEEDS = {"reference": 70, "other": 71}
 _TIMED = 9  # clips a model, in turn
 _WORDS = ("colour", "shape", "motion")
