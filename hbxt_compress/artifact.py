@@ -23,6 +23,7 @@ from typing import Self
 
 from hbxt_compress.errors import ArtifactError, listing
 from hbxt_compress.external_data import external_data_problems
+from hbxt_compress.json_text import read_json
 from hbxt_compress.manifest import REMEDY, FileRecord, Manifest
 
 __all__ = ["MANIFEST", "Artifact", "record_files", "write_manifest"]
@@ -97,7 +98,7 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactError(f"{folder}: not an artifact, it has no {MANIFEST}; {REMEDY}")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON ({error}); {REMEDY}") from error
     try:
@@ -142,9 +143,12 @@ def _extra_problems(folder: Path, files: Sequence[FileRecord]) -> list[str]:
 
 def _is_inside(folder: Path, path: str) -> bool:
     pure = PurePosixPath(path)
-    if not path or "\\" in path or pure.is_absolute() or ".." in pure.parts:
+    if not path or {"\\", "\0"} & set(path) or pure.is_absolute() or ".." in pure.parts:
         return False
-    return (folder / path).resolve().is_relative_to(folder.resolve())
+    try:
+        return (folder / path).resolve().is_relative_to(folder.resolve())
+    except RuntimeError:  # a link that leads to itself
+        return False
 
 
 def _paths(folder: Path) -> list[str]:

@@ -355,7 +355,8 @@ for _command in (import_, recipes, show_recipe, copy):
 
 def _promised_suite(recipe: object) -> str:
     document = recipe.get("document", recipe) if isinstance(recipe, dict) else {}
-    return str(document.get("accept", {}).get("suite", "standard"))
+    accept = document.get("accept")
+    return str(accept.get("suite", "standard")) if isinstance(accept, dict) else "standard"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -20,7 +20,7 @@ from hbxt_compress.costs.prediction import (
 )
 from hbxt_compress.costs.rates import find_rates
 from hbxt_compress.costs.training import TrainingCost, training_costs
-from hbxt_compress.errors import PlanError, SourceError, listing
+from hbxt_compress.errors import ArtifactError, PlanError, SourceError, listing
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.lightened import as_if_lightened
 from hbxt_compress.machine import Machine
@@ -356,7 +356,10 @@ def _sources_of(
     """
     made_from = artifact.manifest.source
     original = _located(model or str(made_from["model"]), store)
-    how, decoder = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
+    try:
+        how, decoder = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
+    except ArtifactError as error:
+        raise ArtifactError(f"{artifact.folder / 'manifest.json'}: {error}") from None
     source = _student(how, decoder, original, store, machine)
     wanted = cast(Mapping[str, str], made_from["files"])
     differing = sorted(

@@ -94,10 +94,14 @@ def load(kind: type[_Kind], path: Path) -> _Kind:
     Raises:
         RecipeError: the file cannot be read, or is not valid; the message lists every problem.
     """
-    reading = Reading(compose(path))
+    try:
+        reading = Reading(compose(path))
+        text = json.dumps(reading.document)
+    except RecursionError as error:  # aliases nest deeper than the text itself
+        raise RecipeError(f"{path}: nested too deeply") from error
     settings = None
     try:
-        settings = kind.model_validate_json(json.dumps(reading.document))
+        settings = kind.model_validate_json(text)
     except ValidationError as invalid:
         for error in invalid.errors(include_url=False):
             if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:

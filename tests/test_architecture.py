@@ -23,7 +23,7 @@ MEDIAN_LINES = 160
 # Lower rows know nothing of higher ones; names in one row do not know each other, but for SIDEWAYS.
 ROWS = (
     {"errors"},
-    {"disk", "heap"},
+    {"disk", "heap", "json_text"},
     {
         "strict",
         "yaml_text",
@@ -98,7 +98,7 @@ SIDEWAYS = {
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
 RUNTIME_MAY_USE = {
-    "artifact", "manifest", "tile", "geometry", "sampler", "clips", "errors", "heap",
+    "artifact", "manifest", "tile", "geometry", "sampler", "clips", "errors", "heap", "json_text",
 }  # fmt: skip
 
 # library -> the only places that may import it
