@@ -15,7 +15,15 @@ __all__ = ["timed_frames", "video_seconds"]
 
 _NOW_S = 1e-4  # time stamps are whole numbers of ticks, frame rates are not
 # FFmpeg's own errors, no video stream, rates of 0 and time bases of none, sizes beyond memory
-_UNREADABLE = (OSError, FFmpegError, IndexError, ArithmeticError, TypeError, ValueError, MemoryError)
+_UNREADABLE = (
+    OSError,
+    FFmpegError,
+    IndexError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+    MemoryError,
+)
 _RATE_FPS = 25  # of a video that tells neither its rate nor its frames' times
 
 

@@ -129,9 +129,11 @@ def _misfits(part: Mapping[_Kind, Stored], shape: tuple[int, ...]) -> list[str]:
     if (down is None) != (up is None):
         found.append(f"half a pair, only lora_{'A' if up is None else 'B'}")
     elif down is not None and up is not None:
-        product = (up.shape[0], *down.shape[1:])
+        product = (*up.shape[:1], *down.shape[1:])
         ones = all(n == 1 for n in up.shape[2:])
-        if len(shape) < 2 or product != shape or up.shape[1:2] != down.shape[:1] or not ones:
+        if not down.shape[:1] or not down.shape[0]:
+            found.append("a pair of rank 0")
+        elif len(shape) < 2 or product != shape or up.shape[1:2] != down.shape[:1] or not ones:
             found.append(f"{list(up.shape)} times {list(down.shape)} does not make {list(shape)}")
     elif "alpha" in part:
         found.append("an alpha without lora_A and lora_B")

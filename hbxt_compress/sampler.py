@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Literal, Self, cast, get_args
 
 import numpy as np
@@ -298,19 +299,20 @@ class SamplerSpec:
 
 def _type_problems(spec: SamplerSpec) -> Iterator[str]:
     """Fields that JSON gave another type; what they hold is looked at afterwards."""
-    wholes, numbers = ("n_steps", "n_train_timesteps", "solver_order"), ("shift", "guidance")
-    for name in wholes:
-        if type(getattr(spec, name)) is not int:
-            yield f"{name} {getattr(spec, name)!r:.60}: must be a whole number"
-    for name in (*numbers, "guidance_2", "boundary"):
+
+    def problem(name: str, kind: type, wanted: str) -> Iterator[str]:
         value = getattr(spec, name)
-        optional = value is None and name not in numbers
-        if not optional and type(value) not in (int, float):
-            yield f"{name} {value!r:.60}: must be a number"
+        if not isinstance(value, kind) or isinstance(value, bool):
+            yield f"{name} {value!r:.60}: must be {wanted}"
+
+    for name in ("n_steps", "n_train_timesteps", "solver_order"):
+        yield from problem(name, Integral, "a whole number")
+    for name in ("shift", "guidance", "guidance_2", "boundary"):
+        if name in ("shift", "guidance") or getattr(spec, name) is not None:
+            yield from problem(name, Real, "a number")
     for name in ("solver", "solver_type"):
-        if not isinstance(getattr(spec, name), str):
-            yield f"{name} {getattr(spec, name)!r:.60}: must be text"
-    if not all(type(step) is int for step in spec.disable_corrector):
+        yield from problem(name, str, "text")
+    if not all(isinstance(step, Integral) for step in spec.disable_corrector):
         yield f"disable_corrector {spec.disable_corrector!r:.60}: must be whole numbers"
 
 

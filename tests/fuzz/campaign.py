@@ -236,7 +236,7 @@ def _told_wrong(
     if "Traceback (most recent call last)" in said:
         return ["a traceback was printed"]
     if not damaged:
-        wrong = code not in kind.well or kind.end not in said
+        wrong = code not in (kind.well or (0,)) or kind.end not in said
         return [f"the undamaged input fails: exit code {code}"] if wrong else []
     if code in kind.well and kind.end in said:
         return []

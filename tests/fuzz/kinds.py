@@ -90,9 +90,9 @@ def _recipes(folder: Path, root: Path) -> None:
 
 
 def _recipe_of(folder: Path, calibration: str) -> None:
-    """A recipe that calibrates on a set of its own, without a budget."""
+    """A recipe that calibrates on a set of its own, without a budget or a fitted solver."""
     document = yaml.safe_load(library.find("recipes", "tiny").read_text(encoding="utf-8"))
-    document |= {"calibration": calibration}
+    document |= {"calibration": calibration, "refine": []}
     (folder / "recipe.yaml").write_text(json.dumps(document), encoding="utf-8")
 
 

@@ -188,3 +188,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
 def test_suggestions_are_close_or_none() -> None:
     assert did_you_mean("w4a61", ["w4a16", "fp16"]) == " (did you mean 'w4a16'?)"
     assert did_you_mean("zzz", ["w4a16", "fp16"]) == ""
+
+
+def test_aliases_that_nest_deeper_than_the_text_are_stopped(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 3000))]
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        load(Whole, _write(tmp_path, "\n".join(lines)))
