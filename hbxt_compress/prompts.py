@@ -262,8 +262,9 @@ def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
         ".jsonl": datasets.Dataset.from_json,
     }
     read = readers.get(file.suffix, datasets.Dataset.from_text)
-    silent = datasets.are_progress_bars_disabled()
+    silent, loudness = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()  # reading a list of names is no progress worth a bar
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told here
     try:
         with tempfile.TemporaryDirectory() as cache:
             table = read(str(file), cache_dir=cache, keep_in_memory=True)
@@ -271,6 +272,7 @@ def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecipeError(f"{file}: not readable as {file.suffix} ({reason})") from None
     finally:
+        datasets.logging.set_verbosity(loudness)
         if not silent:
             datasets.enable_progress_bars()
     columns = {name: list(table[name]) for name in table.column_names}

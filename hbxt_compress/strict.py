@@ -97,8 +97,8 @@ def load(kind: type[_Kind], path: Path) -> _Kind:
     try:
         reading = Reading(compose(path))
         text = json.dumps(reading.document)
-    except RecursionError as error:  # aliases nest deeper than the text itself
-        raise RecipeError(f"{path}: nested too deeply") from error
+    except RecursionError as deep:  # aliases nest deeper than the text itself
+        raise RecipeError(f"{path}: nested too deeply") from deep
     settings = None
     try:
         settings = kind.model_validate_json(text)

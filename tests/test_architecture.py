@@ -119,6 +119,7 @@ HOMES = {
     "transformers": {"models", "reference"},
     "huggingface_hub": {"source"},
     "datasets": {"prompts", "reference"},
+    "pyarrow": {"prompts"},
     "av": {"clips", "footage"},
     "lpips": {"metrics"},
     "scipy": {"metrics"},

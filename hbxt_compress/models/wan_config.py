@@ -32,8 +32,11 @@ class _Rule:
             return None
         values = [value] if self.length is None else value
         kinds = (int,) if self.whole else (int, float)
-        fits = isinstance(values, list) and self.length in (None, 0, len(values))
-        if fits and all(type(one) in kinds and self.least <= one <= self.most for one in values):  # type: ignore[union-attr]
+        if (
+            isinstance(values, list)
+            and self.length in (None, 0, len(values))
+            and all(type(one) in kinds and self.least <= one <= self.most for one in values)
+        ):
             return None
         what = "whole number" if self.whole else "number"
         wanted = f"a {what}" if self.length is None else f"a list of {self.length or ''} {what}s"

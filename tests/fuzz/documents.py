@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Final
 
-__all__ = ["mutated_json", "mutated_value", "mutated_yaml"]
+import yaml
+
+__all__ = ["mutated_json", "mutated_settings", "mutated_value", "mutated_yaml"]
 
 _DEEP: Final = "<deep>"  # stands for nesting that json.dumps itself could not write
 _TWICE: Final = "<twice>"  # before a key that is to stand there twice
@@ -32,6 +34,11 @@ def mutated_json(random: Random, content: bytes) -> bytes:
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         document = mutated_value(random, document)
     return _dumped(document, ascii_only=random.random() < 0.5)
+
+
+def mutated_settings(random: Random, content: bytes) -> bytes:
+    """A YAML file as JSON, which is YAML, changed in its values: most of it stays valid."""
+    return mutated_json(random, json.dumps(yaml.safe_load(content)).encode())
 
 
 def mutated_value(random: Random, document: Any) -> Any:

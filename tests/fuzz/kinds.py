@@ -24,12 +24,15 @@ from hbxt_compress.checkpoint import Checkpoint
 from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
 from tests.fake_artifact import make_artifact
 from tests.fuzz.contents import mutated_bytes, mutated_onnx, mutated_pickle, mutated_tensors
-from tests.fuzz.documents import mutated_json, mutated_yaml
+from tests.fuzz.documents import mutated_json, mutated_settings, mutated_yaml
 from tests.micro import write_micro_wan
 from tests.originals import original_tensors
 from tests.real_clips import write_clips, write_set
 
-__all__ = ["KINDS", "Kind"]
+__all__ = ["KINDS", "TAKEN", "Kind"]
+
+TAKEN: Final = "the model is taken"
+"""how a `quantize` of a good model ends here: nothing is exported"""
 
 Damage = Callable[[Random, bytes], bytes]
 _MODEL: Final = ("--model", "../models/wan")
@@ -247,6 +250,12 @@ def _checkpoints(folder: Path, root: Path) -> None:
     Checkpoint.open(folder / "student.pt")
 
 
+def _of_a_model(random: Random, content: bytes) -> bytes:
+    """Damage to JSON or to a safetensors file, whichever it is."""
+    own = mutated_json if content.lstrip()[:1] == b"{" else mutated_tensors
+    return random.choice((own, own, mutated_bytes))(random, content)
+
+
 _IMPORT: Final = ("--base", "../models/wan", "--out", "out/imported")
 _GENERATE: Final = ("generate", "in/artifact", "--prompt", "a red circle", "--out", "out/clip.mp4")
 
@@ -256,7 +265,7 @@ KINDS: Final[tuple[Kind, ...]] = (
             name=f"recipe {name}",
             write=_recipes,
             files=(f"mine-{name}.yaml",),
-            damage=(mutated_yaml, mutated_yaml, mutated_yaml, mutated_bytes),
+            damage=(mutated_yaml, mutated_settings, mutated_settings, mutated_bytes),
             commands=(
                 ("show", f"in/mine-{name}.yaml"),
                 ("plan", f"in/mine-{name}.yaml", *_PREDICT),
@@ -268,7 +277,7 @@ KINDS: Final[tuple[Kind, ...]] = (
         name="prompt set",
         write=_prompts,
         files=("set.yaml",),
-        damage=(mutated_yaml, mutated_yaml, mutated_bytes),
+        damage=(mutated_yaml, mutated_settings, mutated_bytes),
         commands=(("plan", "in/recipe.yaml", *_PREDICT),),
     ),
     *(
@@ -302,7 +311,7 @@ KINDS: Final[tuple[Kind, ...]] = (
         name="suite",
         write=_suite,
         files=("suite.yaml",),
-        damage=(mutated_yaml, mutated_yaml, mutated_bytes),
+        damage=(mutated_yaml, mutated_settings, mutated_bytes),
         commands=(("evaluate", "../models/artifact", "--suite", "in/suite.yaml", *_STORE),),
         well=(2,),
         end="model 'fake'",
@@ -381,7 +390,6 @@ KINDS: Final[tuple[Kind, ...]] = (
         commands=(
             ("plan", "w4a16-fast", "--model", "in/wan", *_STORE),
             ("plan", "w8a8", "--model", "in/wan", *_STORE, "--predict"),
-            ("plan", "w4a16-fast", "--model", "in/wan", "--target", "gfx1201"),
             ("status", "w8a16", "--model", "in/wan", *_STORE),
         ),
     ),
@@ -395,6 +403,15 @@ KINDS: Final[tuple[Kind, ...]] = (
             ("plan", "w8a8", "--model", "in/wan", *_STORE, "--predict"),
             ("status", "w8a16", "--model", "in/wan", *_STORE),
         ),
+    ),
+    Kind(
+        name="model, quantized",
+        write=_own_model,
+        files=("wan/*.json", "wan/*/*config.json", "wan/*/*.safetensors"),
+        damage=(_of_a_model,),
+        commands=(("quantize", "w4a16-fast", "--model", "in/wan", *_STORE),),
+        well=(1,),
+        end=TAKEN,
     ),
     Kind(
         name="checkpoint",
