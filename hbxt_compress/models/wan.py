@@ -133,13 +133,18 @@ class Wan:
         chosen = _generation(source)
         guidance = float(chosen.get("guidance_scale", 5.0))
         second = chosen.get("guidance_scale_2")
-        return SamplerSpec.from_diffusers(
-            config_of(source, "scheduler/scheduler_config.json"),
-            n_steps=int(chosen.get("num_inference_steps", 50)),
-            guidance=guidance,
-            guidance_2=None if second is None else float(second),
-            boundary=config_of(source, "model_index.json").get("boundary_ratio"),
-        )
+        name = "scheduler/scheduler_config.json"
+        config, index = config_of(source, name), config_of(source, "model_index.json")
+        try:
+            return SamplerSpec.from_diffusers(
+                config,
+                n_steps=int(chosen.get("num_inference_steps", 50)),
+                guidance=guidance,
+                guidance_2=None if second is None else float(second),
+                boundary=index.get("boundary_ratio"),
+            )
+        except SourceError as error:
+            raise SourceError(f"{source.folder / name}: {error}") from None
 
     def latent_shape(
         self, source: Source, clip: Geometry | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Final
@@ -38,7 +39,8 @@ def mutated_json(random: Random, content: bytes) -> bytes:
 
 def mutated_settings(random: Random, content: bytes) -> bytes:
     """A YAML file as JSON, which is YAML, changed in its values: most of it stays valid."""
-    return mutated_json(random, json.dumps(yaml.safe_load(content)).encode())
+    changed = mutated_json(random, json.dumps(yaml.safe_load(content)).encode())
+    return re.sub(rb"(?<=[ \n])(-?\d+)e([-+]\d+)", rb"\1.0e\2", changed)  # numbers to YAML, too
 
 
 def mutated_value(random: Random, document: Any) -> Any:
