@@ -146,7 +146,8 @@ def _found_at(kind: type[Settings], document: Any, loc: Place) -> tuple[Place, l
         else:
             annotation = inside[get_origin(annotation) is dict] if inside else None
         place.append(segment)
-        document = document[segment] if is_list or segment in document else None
+        there = is_list or segment in document
+        document = document[segment] if there else None  # type: ignore[index]
     return tuple(place), fields
 
 

@@ -27,7 +27,7 @@ _TESTS = Path(__file__).parent
 _LIMIT_S = {
     ".": 300,
     "unit": 60,
-    "fuzz": 120,
+    "fuzz": 300,
     "shelves": 120,
     "runtime": 120,
     "pipeline": 300,
