@@ -117,7 +117,7 @@ def _files(path: Path) -> list[Path]:
     if indices:
         try:
             named = set(read_json(indices[0])["weight_map"].values())
-            if not named or any(Path(name).name != name or "\0" in name for name in named):
+            if not named or not all(_plain(name) for name in named):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SourceError(
@@ -132,6 +132,11 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise SourceError(f"{path}: no .safetensors file in it; of a .pt file give the path itself")
     return sorted(files)
+
+
+def _plain(name: str) -> bool:
+    """Whether an index names a safetensors file that lies beside it."""
+    return Path(name).name == name and Path(name).suffix == ".safetensors" and "\0" not in name
 
 
 def _safe(file: Path, stamps: Mapping[Path, tuple[int, int]]) -> dict[str, Stored]:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from hbxt_compress import library
 from hbxt_compress.errors import RecipeError, listing
+from hbxt_compress.json_text import parse_json
 from hbxt_compress.strict import Settings, load
 
 __all__ = [
@@ -255,13 +256,12 @@ def _listed(path: Path, folder: Path, column: str) -> tuple[ClipFile, ...]:
 
 def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
     """The columns of a .csv or .jsonl file, or the lines of a text file as `column`."""
+    if file.suffix == ".jsonl":
+        return _json_lines(file)
     import datasets  # heavy, and only sets that name a file need it
 
-    readers = {
-        ".csv": datasets.Dataset.from_csv,
-        ".jsonl": datasets.Dataset.from_json,
-    }
-    read = readers.get(file.suffix, datasets.Dataset.from_text)
+    csv = file.suffix == ".csv"
+    read = datasets.Dataset.from_csv if csv else datasets.Dataset.from_text
     silent, loudness = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()  # reading a list of names is no progress worth a bar
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told here
@@ -276,7 +276,36 @@ def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
         if not silent:
             datasets.enable_progress_bars()
     columns = {name: list(table[name]) for name in table.column_names}
-    return columns if file.suffix in readers else {column: columns["text"]}
+    return columns if csv else {column: columns["text"]}
+
+
+def _json_lines(file: Path) -> Mapping[str, list[object]]:
+    """The columns of JSON objects, one a line; None where a line lacks one.
+
+    Not by `datasets`: pyarrow 26's reader ends the process by SIGSEGV on some damaged files.
+    """
+    rows: list[dict[str, object]] = []
+    problems = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise RecipeError(f"{file}: not readable as .jsonl ({error})") from None
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            problems.append(f"line {i}: {error}")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            problems.append(f"line {i}: not a JSON object")
+    if problems:
+        raise RecipeError(f"{file}: not readable as .jsonl:\n{listing(problems)}")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _parquet(file: Path, column: str, n_rows: int) -> Mapping[str, list[object]]:

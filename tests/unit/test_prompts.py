@@ -249,3 +249,27 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
         load_prompts(_write(tmp_path, _SET + clips))
     with pytest.raises(RecipeError, match="no name of a file"):
         load_prompts("a\0b/set.yaml")
+
+
+def test_rows_of_json_lines_become_the_prompts(tmp_path: Path) -> None:
+    rows = [{"caption": "a\u2028b"}, {"id": 1, "caption": "c"}, {"caption": "d"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    (tmp_path / "p.jsonl").write_text(text + "\n", encoding="utf-8")
+    assert load_prompts(_rows(tmp_path, "p.jsonl")).prompts == ("c", "d")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"caption": "a"}\n{"capt\n[1]\n', r"line 2: Unterminated(.|\n)*line 3: not a JSON"),
+        (b'{"caption": "\xff"}\n', "not readable as .jsonl"),
+        (b'{"a": 1, "a": 2}\n', "line 1: the key 'a' stands there twice"),
+        (b'{"a": 1}\n', r"has \['a'\], not 'caption'"),
+        (b"", r"has \[\], not 'caption'"),
+    ],
+)
+def test_damaged_json_lines_are_told_by_line(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(RecipeError, match=problem) as refused:
+        load_prompts(_rows(tmp_path, "p.jsonl"))
+    assert "p.jsonl" in str(refused.value)
