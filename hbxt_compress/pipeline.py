@@ -22,6 +22,7 @@ from hbxt_compress.costs.rates import find_rates
 from hbxt_compress.costs.training import TrainingCost, training_costs
 from hbxt_compress.errors import PlanError, SourceError, listing
 from hbxt_compress.geometry import Geometry
+from hbxt_compress.journal import file_sha256
 from hbxt_compress.lightened import as_if_lightened
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
@@ -288,6 +289,7 @@ def _artifact(
     return store.result(
         export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe,
         clips=tuple(clips), ranges=_ranges(recipe, planned, source, store, machine),
+        licences={name: file_sha256(path) for name, path in source.licences.items()},
     )  # fmt: skip
 
 
@@ -326,8 +328,7 @@ def _student(
         made = store.result(
             distill, source=student, teacher=source, lessons=lessons, how=one, on=machine
         )
-        folder = str(made.folder / STUDENT)
-        student = replace(_located(folder, store), model=source.model)
+        student = _made_of(source, made, store)
     if decoder is not None:
         student = _lightened(decoder, student, store, machine)
     return student
@@ -344,7 +345,13 @@ def _lightened(how: AnyDecoder, source: Source, store: Store, machine: Machine) 
         features=how.wants_features, on=machine,
     )  # fmt: skip
     made = store.result(lighten, source=source, views=views, how=how, on=machine)
-    return replace(_located(str(made.folder / STUDENT), store), model=source.model)
+    return _made_of(source, made, store)
+
+
+def _made_of(source: Source, made: Entry, store: Store) -> Source:
+    """A student, called as its model is, under that model's licences."""
+    student = _located(str(made.folder / STUDENT), store)
+    return replace(student, model=source.model, licences=source.licences)
 
 
 def _sources_of(

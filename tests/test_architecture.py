@@ -36,6 +36,7 @@ ROWS = (
         "torchvision_ops",
         "external_data",
         "geometry",
+        "licences",
     },
     {
         "layers",
@@ -48,7 +49,9 @@ ROWS = (
         "clips",
         "footage",
         "artifact",
+        "file_records",
         "manifest",
+        "released",
         "tile",
         "report",
         "trajectories",
@@ -84,6 +87,11 @@ SIDEWAYS = {
     ("store", "journal"): "a result being built has one",
     ("manifest", "sampler"): "a manifest carries its sampler",
     ("artifact", "manifest"): "a folder has one",
+    ("artifact", "file_records"): "whose files it compares",
+    ("artifact", "released"): "it may lie in a release, beside that one's files",
+    ("file_records", "manifest"): "the record of a file",
+    ("released", "file_records"): "it compares a folder's files, too",
+    ("released", "manifest"): "the record of a file",
     ("manifest", "tile"): "a clip size may have one",
     ("quantized", "layers"): "keyed by layer name",
     ("weights", "source"): "which file holds a tensor stands in the headers",
@@ -98,7 +106,8 @@ SIDEWAYS = {
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
 RUNTIME_MAY_USE = {
-    "artifact", "manifest", "tile", "geometry", "sampler", "clips", "errors", "heap",
+    "artifact", "file_records", "manifest", "released", "tile", "geometry", "sampler", "clips",
+    "errors", "heap",
 }  # fmt: skip
 
 # library -> the only places that may import it
