@@ -17,6 +17,7 @@ import click
 from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
 from hbxt_compress.cli_recipes import copy, recipes, show_recipe
+from hbxt_compress.cli_release import explain, push, release, verify
 from hbxt_compress.errors import (
     CheckFailed,
     QualityGateFailed,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN", "check", "doctor", "evaluate", "generate", "hbxt", "main", "plan",
-    "quantize", "results", "status", "verify",
+    "quantize", "results", "status",
 ]  # fmt: skip
 
 BUILTIN = "builtin/tiny-wan"
@@ -276,16 +277,6 @@ def generate(
 
 
 @hbxt.command()
-@click.argument("artifact", type=_path)
-def verify(artifact: Path) -> None:
-    """Check ARTIFACT against its manifest."""
-    from hbxt_compress import show
-    from hbxt_compress.artifact import Artifact
-
-    show.verified(Artifact.open(artifact, verify=True))
-
-
-@hbxt.command()
 @click.argument("path", type=_path, metavar="ARTIFACT|FILE.onnx")
 @click.option("--target", "targets", multiple=True, help="gfx1201, cpu, ...; may be repeated.")
 @click.option("--runtime", help="What must run it; default: migraphx, on the target cpu cpu.")
@@ -349,7 +340,7 @@ def results(reports: tuple[Path, ...]) -> None:
     click.echo(results_table([QualityReport.load(folder) for folder in reports]), nl=False)
 
 
-for _command in (import_, recipes, show_recipe, copy):
+for _command in (import_, recipes, show_recipe, copy, release, verify, explain, push):
     hbxt.add_command(_command)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["FOLDER", "PATTERNS", "known_licence", "licence_files", "licence_of"]
+__all__ = ["FOLDER", "KNOWN", "PATTERNS", "known_licence", "licence_files", "licence_of"]
 
 FOLDER: Final = "licences"
 """where they lie in an artifact"""
@@ -30,6 +30,12 @@ _TEXTS: Final = {  # what a licence's own text says in its first lines -> its na
     r"gnu affero general public license\s+version 3": "agpl-3.0",
     r"gnu general public license\s+version 3": "gpl-3.0",
 }
+KNOWN: Final = frozenset(_TEXTS.values()) | {
+    "bsd-2-clause", "cc0-1.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-4.0",
+    "lgpl-3.0", "mpl-2.0", "other", "unlicense",
+}  # fmt: skip
+"""names that the Hub knows; it has more"""
+
 _FIRST: Final = 3000  # characters of a text that are looked at
 
 

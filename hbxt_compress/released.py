@@ -29,6 +29,7 @@ from hbxt_compress.file_records import (
 from hbxt_compress.manifest import FileRecord
 
 __all__ = [
+    "NOTES",
     "RELEASE",
     "SCHEMA",
     "SIGNATURE",
@@ -44,7 +45,8 @@ RELEASE: Final = "release.json"
 SIGNATURE: Final = "model.sig"
 SIGNATURE_SHA256: Final = "model.sig.sha256"
 _UNLISTED: Final = (RELEASE, SIGNATURE, SIGNATURE_SHA256)
-_NOTES: Final = ".cache/huggingface/"  # where the Hub's client notes what it downloaded
+NOTES: Final = ".cache/huggingface/"
+"""where the Hub's client notes what it downloaded"""
 _REMEDY: Final = "get the release again from where it was published"
 
 
@@ -88,12 +90,12 @@ class Release:
             ) from None
         except ValueError as error:
             raise ArtifactError(f"{path}: not JSON ({error}); {_REMEDY}") from None
-        if isinstance(document, dict) and isinstance(schema := document.get("schema"), int):
-            if schema > SCHEMA:
-                raise ArtifactError(
-                    f"{path}: schema {schema}, this hbxt_compress reads {SCHEMA}: it was written "
-                    "by a newer one; upgrade (pip install -U hbxt_compress)"
-                )
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise ArtifactError(
+                f"{path}: schema {schema}, this hbxt_compress reads {SCHEMA}: it was written by a "
+                "newer one; upgrade (pip install -U hbxt_compress)"
+            )
         if not isinstance(document, dict) or not is_sealed(content, document):
             raise ArtifactError(
                 f"{path}: not as it was written: it and its own digest differ; {_REMEDY}"
@@ -142,7 +144,7 @@ def is_note(path: str, beside: Collection[str] = (RELEASE,)) -> bool:
 
     beside: what `released_beside` gave; in a folder that is no release there are no such files.
     """
-    return RELEASE in beside and path.startswith(_NOTES)
+    return RELEASE in beside and path.startswith(NOTES)
 
 
 def _files(records: object) -> tuple[FileRecord, ...]:
@@ -169,7 +171,7 @@ def _stray(folder: Path, release: Release) -> Iterator[str]:
     for where, folders, _ in os.walk(folder):
         for name in folders:
             path = Path(where, name).relative_to(folder).as_posix()
-            if path not in parents and not f"{path}/".startswith(_NOTES) and path != ".cache":
+            if path not in parents and not f"{path}/".startswith(NOTES) and path != ".cache":
                 yield f"{path}/: a folder that is not in {RELEASE}"
     for path, n in Counter(one.path.casefold() for one in release.files).items():
         if n > 1:

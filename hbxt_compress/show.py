@@ -41,6 +41,7 @@ __all__ = [
     "checked",
     "clip",
     "findings",
+    "lines",
     "plan",
     "prediction",
     "recipes",
@@ -299,6 +300,13 @@ def verified(found: Artifact) -> None:
         escape(f"{found.folder}: {len(records)} files, {total}: as the manifest says"),
         soft_wrap=True,
     )
+
+
+def lines(told: Iterable[str]) -> None:
+    """Prints lines of text, as wide as they are."""
+    out = _out()
+    for line in told:
+        out.print(escape(line), soft_wrap=True)
 
 
 def rows(

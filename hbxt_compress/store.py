@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -67,7 +67,7 @@ class Entry:
     key: str
     digest: str
     version: int = 0
-    made_from: tuple[Entry, ...] = ()
+    made_from: tuple[Entry, ...] = field(default=(), compare=False)
 
     def steps(self) -> tuple[Entry, ...]:
         """The results that led here, each once and after those it was made from; last this one."""
