@@ -17,7 +17,7 @@ import click
 from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
 from hbxt_compress.cli_recipes import copy, recipes, show_recipe
-from hbxt_compress.cli_release import explain, push, release, verify
+from hbxt_compress.cli_release import explain_, push_, release_, verify
 from hbxt_compress.errors import (
     CheckFailed,
     QualityGateFailed,
@@ -340,7 +340,7 @@ def results(reports: tuple[Path, ...]) -> None:
     click.echo(results_table([QualityReport.load(folder) for folder in reports]), nl=False)
 
 
-for _command in (import_, recipes, show_recipe, copy, release, verify, explain, push):
+for _command in (import_, recipes, show_recipe, copy, release_, verify, explain_, push_):
     hbxt.add_command(_command)
 
 

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from hbxt_compress.release import Allowed
     from hbxt_compress.signing import Identity
 
-__all__ = ["explain", "push", "release", "verify"]
+__all__ = ["explain_", "push_", "release_", "verify"]
 
 _path = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command("release")
 @click.argument("artifact", type=_path)
 @click.option("--report", type=_path, required=True, help="Folder that `evaluate` wrote.")
 @click.option("--out", type=_path, required=True, help="Folder to write; must not exist.")
@@ -31,7 +31,7 @@ _path = click.Path(path_type=Path)
     help="Worst outcome of the report that is released; the card says so.",
 )  # fmt: skip
 @click.option("--link", is_flag=True, help="Hard links in place of copies.")
-def release(
+def release_(
     artifact: Path, report: Path, out: Path, key: Path | None, sigstore: bool, licence: str | None,
     base: str | None, allow: Allowed, link: bool,
 ) -> None:  # fmt: skip
@@ -81,20 +81,20 @@ def verify(
         return show.verified(found)
     from hbxt_compress import show_release
     from hbxt_compress.file_records import sha256_of
-    from hbxt_compress.release import open_release
+    from hbxt_compress.verify import open_release
 
     release = open_release(folder, by=by, digest=digest)
     checked = str(key or identity or "")
     return show_release.released(folder, release, sha256_of(folder / RELEASE), checked=checked)
 
 
-@click.command()
+@click.command("explain")
 @click.argument("artifact", type=_path)
 @click.argument("layer", required=False)
 @click.option("--against", type=_path, help="Another artifact: what differs, and why.")
 @click.option("--layers", "every_layer", is_flag=True, help="List the layers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def explain(
+def explain_(
     artifact: Path, layer: str | None, against: Path | None, every_layer: bool, as_json: bool
 ) -> None:
     """Tell how ARTIFACT, or a LAYER of it, came about.
@@ -121,14 +121,14 @@ def explain(
     return show.as_json(told) if as_json else tell(told)
 
 
-@click.command()
+@click.command("push")
 @click.argument("folder", type=_path, metavar="RELEASE")
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--branch", "--revision-branch", "branch", help="Default: main.")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is made.")
 @click.option("--dry-run", is_flag=True, help="Only check, and list what would go.")
 @click.option("--force", is_flag=True, help="Upload a bare artifact, without card and report.")
-def push(
+def push_(
     folder: Path, repo: str, branch: str | None, private: bool, dry_run: bool, force: bool
 ) -> None:
     """Upload RELEASE to the Hub, verified first.

@@ -13,8 +13,8 @@ from typing import Final
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import RuntimeUnavailable, UsageError
 from hbxt_compress.file_records import paths_under
-from hbxt_compress.release import open_release
 from hbxt_compress.released import NOTES, RELEASE
+from hbxt_compress.verify import open_release
 
 __all__ = ["Upload", "look_through", "push"]
 

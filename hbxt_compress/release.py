@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -16,18 +15,16 @@ from typing import Final, Literal
 from hbxt_compress import disk, licences, signing
 from hbxt_compress.artifact import MANIFEST, Artifact
 from hbxt_compress.errors import (
-    ArtifactError,
     CheckFailed,
     QualityGateFailed,
     QualityUndecided,
     UsageError,
     listing,
 )
-from hbxt_compress.file_records import paths_under, record, sha256_of
+from hbxt_compress.file_records import paths_under, record
 from hbxt_compress.graph.check import check_targets
 from hbxt_compress.manifest import Manifest
 from hbxt_compress.released import (
-    NOTES,
     RELEASE,
     SCHEMA,
     SIGNATURE,
@@ -37,14 +34,13 @@ from hbxt_compress.released import (
 )
 from hbxt_compress.render.card import Terms, card
 from hbxt_compress.report import QualityReport
-from hbxt_compress.signing import Identity
+from hbxt_compress.verify import UNSIGNED, require_artifact
 
-__all__ = ["Allowed", "open_release", "release"]
+__all__ = ["Allowed", "release"]
 
 Allowed = Literal["pass", "undecided", "fail"]
 _REPORT: Final = ("report.json", "report.md", "report.html")
-_QUALITY: Final = "quality"
-_UNSIGNED: Final = (SIGNATURE, SIGNATURE_SHA256, NOTES.rstrip("/"))
+_QUALITY, _CARD, _ATTRIBUTES = "quality", "README.md", ".gitattributes"
 _MUCH: Final = 5_000_000  # bytes: git should not hold such a file itself
 _LFS: Final = "filter=lfs diff=lfs merge=lfs -text"
 
@@ -73,6 +69,7 @@ def release(
     found, measured = Artifact.open(artifact), QualityReport.load(report)
     if missing := [name for name in _REPORT if not (report / name).is_file()]:
         raise UsageError(f"{report}: lacks {', '.join(missing)}; evaluate again")
+    _require_free_names(found)
     _require_same(found.manifest, measured, report)
     _require_outcome(measured, allow)
     _require_targets(found)
@@ -96,16 +93,16 @@ def release(
         with disk.writing(out, needs_bytes=needs, remedy="make room, or give an --out elsewhere"):
             _gather(found, report, fresh, link=link)
             text = card(found.manifest, measured, terms, base=base)
-            (fresh / "README.md").write_text(text, encoding="utf-8")
+            (fresh / _CARD).write_text(text, encoding="utf-8")
             _write_attributes(fresh)
             files = tuple(record(fresh, path) for path in paths_under(fresh))
             made = replace(made, files=files)
             (fresh / RELEASE).write_text(made.text(), encoding="utf-8")
             if made.signed:
-                signing.sign(fresh, fresh / SIGNATURE, key=key, unsigned=_UNSIGNED)
+                signing.sign(fresh, fresh / SIGNATURE, key=key, unsigned=UNSIGNED)
                 line = sha256_line(fresh / SIGNATURE)
                 (fresh / SIGNATURE_SHA256).write_text(line, encoding="utf-8")
-            _require_artifact(fresh, made)
+            require_artifact(fresh, made)
             disk.put(fresh, out)
     except BaseException:
         disk.remove(fresh)
@@ -113,30 +110,15 @@ def release(
     return made
 
 
-def open_release(
-    folder: Path, *, by: Path | Identity | None = None, digest: str | None = None
-) -> Release:
-    """The record of a release in which every byte is as it was released.
-
-    by: a public key or an identity that must have signed it. digest: the sha256 that release.json
-    must have.
-
-    Raises:
-        ArtifactError: what differs (all named), or the signature is none or somebody else's.
-    """
-    found = Release.read(folder)
-    if digest is not None and (own := sha256_of(folder / RELEASE)) != digest.lower():
-        raise ArtifactError(f"{folder}: another release: its digest is {own}, not {digest}")
-    found.require_whole(folder)
-    _require_artifact(folder, found)
-    if by is not None:
-        if not found.signed:
-            raise ArtifactError(
-                f"{folder}: not signed, so nobody's key or identity can be checked; "
-                "ask for a signed release, or compare its digest (--digest)"
-            )
-        signing.verify(folder, folder / SIGNATURE, by, unsigned=_UNSIGNED)
-    return found
+def _require_free_names(found: Artifact) -> None:
+    """No file of an artifact lies where a release puts its own: a hard link would be written to."""
+    own = (_CARD, _ATTRIBUTES, RELEASE, SIGNATURE, SIGNATURE_SHA256)
+    paths = [one.path for one in found.manifest.files]
+    if taken := [p for p in paths if p in own or p.startswith(f"{_QUALITY}/")]:
+        raise UsageError(
+            f"{found.folder}: has files where a release has its own:\n{listing(taken)}\n"
+            "give the folder that `hbxt quantize` made"
+        )
 
 
 def _require_same(manifest: Manifest, report: QualityReport, folder: Path) -> None:
@@ -174,7 +156,8 @@ def _require_outcome(report: QualityReport, allow: Allowed) -> None:
 
 
 def _require_targets(found: Artifact) -> None:
-    checks = check_targets(found.folder, tuple(found.manifest.targets))
+    targets = tuple(found.manifest.targets)
+    checks = check_targets(found.folder, targets) if targets else ()
     if refused := [one.target for one in checks if not one.passes]:
         raise CheckFailed(
             f"not released: {found.folder} will not do on {', '.join(refused)}; "
@@ -221,16 +204,4 @@ def _write_attributes(folder: Path) -> None:
     large = [p for p in paths_under(folder) if (folder / p).stat().st_size > _MUCH]
     others = [p for p in large if not p.endswith((".onnx", ".data"))]
     lines = [f"{pattern} {_LFS}\n" for pattern in ("*.onnx", "*.data", *others)]
-    (folder / ".gitattributes").write_text("".join(lines), encoding="utf-8")
-
-
-def _require_artifact(folder: Path, made: Release) -> None:
-    """The artifact in a release is whole, by its own manifest and by the same digests."""
-    manifest = Artifact.open(folder, verify=False).manifest
-    recorded: Mapping[str, object] = {one.path: one for one in made.files}
-    differing = [one.path for one in manifest.files if recorded.get(one.path) != one]
-    if differing:
-        raise ArtifactError(
-            f"{folder}: {MANIFEST} and {RELEASE} differ in {len(differing)} files:\n"
-            f"{listing(differing)}\nit was not made by `hbxt release`"
-        )
+    (folder / _ATTRIBUTES).write_text("".join(lines), encoding="utf-8")

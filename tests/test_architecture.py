@@ -65,7 +65,7 @@ ROWS = (
     },
     {"formats", "algorithms", "models", "metrics", "graph", "render", "runtime", "signing"},
     {"reference"},
-    {"suite", "profile"},
+    {"suite", "profile", "verify"},
     {"recipe"},
     {"plan", "lightened"},
     {"stages", "fit"},
@@ -324,6 +324,8 @@ def test_the_package_and_its_command_line_load_nothing_heavy() -> None:
 
 
 def test_the_runtime_works_where_torch_is_not_installed() -> None:
-    loaded = _loaded_by("import hbxt_compress.runtime.generate, hbxt_compress.show")
+    loaded = _loaded_by(
+        "import hbxt_compress.runtime.generate, hbxt_compress.show_release, hbxt_compress.verify"
+    )
     assert not loaded & {"pydantic", "yaml", "transformers", "diffusers", "onnx", "onnx_ir"}
     assert "onnxruntime" in loaded or "numpy" in loaded

@@ -27,6 +27,11 @@ __all__ = ["Terms", "card"]
 
 _HUB_ID: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@[\w.-]+")
 _LEAST_TOLD: Final = 3  # of the layers that lost most
+_NOT_KEPT: Final = {
+    "fail": "Its promise is broken.",
+    "undecided": "Whether its promise is kept is undecided.",
+    "none": "Nothing that it promises was measured.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,9 +208,9 @@ def _limits(manifest: Manifest, report: QualityReport) -> list[str]:
         "provider.",
     ]
     if report.outcome != "pass":
-        told.append(f"- Its promise is not kept: {report.outcome}. {escaped(report.conclusion)}")
-    broken = [f"{v.metric}: {v.outcome}, {v.reason}" for v in report.verdicts]
-    told += [f"- {escaped(one)}" for one in broken if ": pass," not in one]
+        told.append(f"- **{_NOT_KEPT[report.outcome]}** {escaped(report.conclusion)}")
+    broken = [one for one in report.verdicts if one.outcome != "pass"]
+    told += [f"- {escaped(f'{v.metric}: {v.outcome}, {v.reason}')}" for v in broken]
     unmeasured = sorted({m.metric.split("[")[0] for m in report.measurements if m.value is None})
     if unmeasured:
         told.append(f"- Not measured: {escaped(', '.join(unmeasured))}.")
