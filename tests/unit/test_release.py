@@ -267,10 +267,11 @@ def test_graphs_that_will_not_do_on_a_target_are_not_released(
 
 
 def test_every_flipped_bit_is_found_without_a_signature(folder: Path) -> None:
-    assert list(missed(folder, 200, key=None)) == []
+    assert list(missed(folder, 100, key=None)) == []
     open_release(folder)
 
 
+@pytest.mark.timeout(240)
 def test_every_flipped_bit_is_found_with_one(
     signed: Path, keys: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
