@@ -38,6 +38,11 @@ class Artifact:
     folder: Path
     manifest: Manifest
 
+    @property
+    def manifest_sha256(self) -> str:
+        """Digest of the manifest's bytes, which name those of every other file."""
+        return _sha256(self.folder / MANIFEST)
+
     def key(self) -> dict[str, object]:
         """What stands for this artifact in a result's key: its manifest, which hashes its files."""
         return self.manifest.to_json()

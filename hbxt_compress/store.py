@@ -2,7 +2,8 @@
 
     <root>/<stage>/<key, 16 hex>/          one result, nothing but its own files
     <root>/<stage>/<key>.json              written last: the document whose sha256 is the key (why
-                                           the result exists), size and sha256 of every file
+                                           the result exists), size and sha256 of every file, and
+                                           how long each piece took
     <root>/<stage>/<key>.partial/          being built, with a journal of what is finished; handed
                                            back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
@@ -27,6 +28,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from filelock import FileLock, Timeout
@@ -190,6 +192,11 @@ class Store:
                 _aside(folder).unlink(missing_ok=True)
             return self._open(folder, document)
 
+    def seconds(self, entry: Entry) -> float:
+        """Median time that a piece of a result took when it was made; 0 where none was noted."""
+        record = json.loads(_record(entry.folder).read_text())
+        return median(record.get("seconds", {}).values() or [0.0])
+
     def peek(self) -> Peek:
         """A view that builds nothing and remembers what was asked for."""
         return Peek(self.root)
@@ -321,7 +328,7 @@ def _seal(folder: Path, journal: Journal, document: str) -> None:
         os.replace(journal.path, _aside(folder))
     disk.remove(folder)
     disk.put(partial, folder)
-    record = {"document": json.loads(document), "files": files}
+    record = {"document": json.loads(document), "files": files, "seconds": journal.seconds()}
     disk.write_text(_record(folder), json.dumps(record, indent=1))
 
 

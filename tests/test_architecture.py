@@ -51,6 +51,7 @@ ROWS = (
         "manifest",
         "tile",
         "report",
+        "baseline",
         "trajectories",
         "lessons",
         "views",
@@ -68,10 +69,10 @@ ROWS = (
     {"stages", "fit"},
     {"costs"},
     {"pipeline"},
-    {"smoke"},
+    {"smoke", "evaluation", "comparing"},
     {"show", "progress", "stopping", "doctor"},
-    {"show_fit", "show_training"},
-    {"ending", "film", "cli_import", "cli_recipes"},
+    {"show_fit", "show_quality", "show_training"},
+    {"ending", "film", "cli_import", "cli_quality", "cli_recipes"},
     {"cli", "__init__"},
     {"__main__"},
 )
@@ -94,6 +95,7 @@ SIDEWAYS = {
     ("formats", "graph"): "a format emits its own nodes with graph.builder",
     ("graph", "formats"): "export asks each weight's format for its nodes",
     ("models", "graph"): "a family describes its graphs with graph.builder",
+    ("baseline", "report"): "a baseline is taken from one",
     ("show", "doctor"): "what it found is shown",
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
@@ -103,7 +105,7 @@ RUNTIME_MAY_USE = {
 
 # library -> the only places that may import it
 HOMES = {
-    "click": {"cli", "cli_import", "cli_recipes", "ending"},
+    "click": {"cli", "cli_import", "cli_quality", "cli_recipes", "ending"},
     "rich": {"show", "progress"},
     "pydantic": {"strict", "recipe", "profile", "suite", "prompts", "algorithms", "store", "graph"},
     "pydantic_core": {"strict"},

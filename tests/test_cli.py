@@ -367,6 +367,7 @@ def _report(*outcomes: str) -> QualityReport:
         schema=SCHEMA, recipe={"name": "r"}, source={}, suite={}, n_clips=4, components={},
         bytes_before=2000, bytes_after=1000, measurements=(one,), curves={}, layers=(),
         verdicts=verdicts, conclusion="so it is", clips=(), made_with={},
+        artifact="", seconds={}, controls=(), findings=(), baseline=None,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.latents import LATENT_ERROR
 from hbxt_compress.metrics.pixels import FLICKER, MOTION_RATIO, PSNR, SSIM, TEMPORAL_ERROR
 from hbxt_compress.metrics.prompt import PROMPT_FOLLOWING
+from hbxt_compress.metrics.scales import POWER, Scale
 from hbxt_compress.metrics.sets import FD_CONTENT, FD_TEMPORAL, FVD_I3D, KID_CONTENT, KID_TEMPORAL
 from hbxt_compress.metrics.weights import Unavailable, WeightFiles
 
@@ -50,6 +51,10 @@ class Metric(Protocol):
     @property
     def least_n(self) -> int: ...
     @property
+    def scale(self) -> Scale | None:
+        """How its values of single clips compare; None: they do not."""
+
+    @property
     def extractor(self) -> str | None: ...
     @property
     def extractor_sha256(self) -> str | None: ...
@@ -77,6 +82,10 @@ class ClipMetric(Metric, Protocol):
 class SetMetric(Metric, Protocol):
     """A distance between two sets of clips, through features of each clip."""
 
+    @property
+    def eye(self) -> str:
+        """Which features; metrics of one extractor and one eye share them."""
+
     def features(self, clips: Sequence[Clip]) -> np.ndarray:
         """One row per clip, float64 (N, D)."""
 
@@ -103,6 +112,7 @@ class Lpips:
     direction: Literal["lower", "higher"] = "lower"
     family: Family = "fidelity"
     least_n: int = 8
+    scale: Scale | None = POWER
     extractor: str | None = None
     extractor_sha256: str | None = None
 

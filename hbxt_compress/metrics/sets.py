@@ -15,6 +15,7 @@ import numpy as np
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.frechet import frechet_distance, kernel_distance
+from hbxt_compress.metrics.scales import Scale
 from hbxt_compress.metrics.weights import Unavailable, WeightFiles, sha256_of
 
 __all__ = [
@@ -51,6 +52,7 @@ class SetDistance:
     direction: Literal["lower", "higher"] = "lower"
     family: Literal["fidelity", "distribution", "health"] = "distribution"
     least_n: int = 256
+    scale: Scale | None = None
 
     def load(self, files: WeightFiles) -> Self:
         """This metric with its network in memory; Unavailable if that cannot be had."""

@@ -15,7 +15,7 @@ from hbxt_compress.manifest import Bucket, LayerFate, Manifest
 from hbxt_compress.metrics import WeightFiles
 from hbxt_compress.report import Measurement, QualityReport
 from hbxt_compress.sampler import SamplerSpec
-from hbxt_compress.stages.measure import measure
+from hbxt_compress.stages.measure import About, measure
 
 CHEAP = ("psnr", "ssim", "temporal_error", "latent_error", "motion_ratio", "flicker")
 PROMPT = "a red circle moving left on a black background"
@@ -104,7 +104,7 @@ def _run(
         folder,
         ClipSet(clips=tuple(reference)),
         ClipSet(clips=tuple(candidate)),
-        manifest=_manifest(),
+        about=About(manifest=_manifest()),
         suite={"name": "tiny"},
         metrics=metrics,
         limits=limits or {},
@@ -122,7 +122,7 @@ def test_a_report_and_its_files_are_written(tmp_path: Path) -> None:
     assert QualityReport.load(tmp_path).to_json() == report.to_json()
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
-        "report.json", "report.md", "report.html",
+        "report.json", "report.md", "report.html", "junit.xml", "summary.md",
         "clips/0000.mp4", "clips/0001.mp4", "clips/0002.mp4",
     }  # fmt: skip
     assert (report.bytes_before, report.bytes_after, report.n_clips) == (1500, 800, 3)
@@ -277,7 +277,7 @@ def test_a_promise_that_nothing_can_check_is_not_kept(tmp_path: Path) -> None:
     clips = _clips(8)
     report = _run(tmp_path, clips, _damaged(clips), limits={"lpips_squeeze": 0.2})
     assert report.outcome == "undecided"
-    assert "nothing promised could be measured" in report.conclusion
+    assert "could not be measured, and nothing else was promised" in report.conclusion
 
 
 def test_without_a_promise_there_is_no_verdict(tmp_path: Path) -> None:

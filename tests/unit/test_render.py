@@ -86,6 +86,11 @@ def _report(n: int = 3, problems: int | None = None) -> QualityReport:
             for i in range(n)
         ),
         made_with={"numpy": "2"},
+        artifact="",
+        seconds={},
+        controls=(),
+        findings=(),
+        baseline=None,
     )  # fmt: skip
 
 
