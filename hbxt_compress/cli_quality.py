@@ -44,7 +44,7 @@ def evaluate(
     broken, it is worse than the baseline, or clips fail as no good ones do; 4: it could not be
     decided. The report folder also holds junit.xml and summary.md for CI.
     """
-    from hbxt_compress import evaluation, show
+    from hbxt_compress import evaluation, show_quality
     from hbxt_compress.artifact import Artifact
     from hbxt_compress.baseline import find_baseline
     from hbxt_compress.machine import Machine
@@ -60,7 +60,7 @@ def evaluate(
         artifact, suite, Store(store, ranks), model=model, out=out, machine=machine,
         baseline=baseline,
     )  # fmt: skip
-    show.report(report, out, as_json)
+    show_quality.report(report, out, as_json)
     if ranks.leads:
         tell_github(report)
     if report.outcome == "fail":

@@ -106,7 +106,7 @@ RUNTIME_MAY_USE = {
 # library -> the only places that may import it
 HOMES = {
     "click": {"cli", "cli_import", "cli_quality", "cli_recipes", "ending"},
-    "rich": {"show", "progress"},
+    "rich": {"show", "show_quality", "progress"},
     "pydantic": {"strict", "recipe", "profile", "suite", "prompts", "algorithms", "store", "graph"},
     "pydantic_core": {"strict"},
     "yaml": {"yaml_text"},
