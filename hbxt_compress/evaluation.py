@@ -21,9 +21,9 @@ from hbxt_compress.stages.sample import sample
 from hbxt_compress.store import Store
 from hbxt_compress.suite import Suite
 
-__all__ = ["evaluate"]
+__all__ = ["REFERENCE", "evaluate", "sources_of", "steps_of"]
 
-_REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
+REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
 
 
 def evaluate(
@@ -42,13 +42,13 @@ def evaluate(
     baseline: where it lies and what it says; clips must not be worse than those were.
     """
     candidate = Artifact.open(artifact)
-    sources = _sources_of(candidate, model, store, machine)
-    size, precise = candidate.manifest.geometry, load_recipe(_REFERENCE)
+    sources = sources_of(candidate, model, store, machine)
+    size, precise = candidate.manifest.geometry, load_recipe(REFERENCE)
     made = [artifact_of(precise, source, store, machine, (size,)) for source in sources]
     exact = Artifact.open(made[-1].folder)
     clips = [
         store.result(
-            sample, artifact=one, items=suite.items(), n_steps=_steps(one, suite), on=machine
+            sample, artifact=one, items=suite.items(), n_steps=steps_of(one, suite), on=machine
         )
         for one in (candidate, *(Artifact.open(entry.folder) for entry in made))
     ]
@@ -93,18 +93,18 @@ def _controls(
         else:
             told["clips"] = store.result(
                 sample, artifact=one, items=suite.control_items(other_seeds=name == "seed"),
-                n_steps=_steps(one, suite), on=machine, **asked,
+                n_steps=steps_of(one, suite), on=machine, **asked,
             )  # fmt: skip
         found.append(told)
     return found
 
 
-def _steps(artifact: Artifact, suite: Suite) -> int | None:
+def steps_of(artifact: Artifact, suite: Suite) -> int | None:
     """Denoising steps of a suite's clips: what it says, or what a student was distilled for."""
     return None if artifact.manifest.sampler.levels else suite.n_steps
 
 
-def _sources_of(
+def sources_of(
     artifact: Artifact, model: str | None, store: Store, machine: Machine
 ) -> tuple[Source, ...]:
     """The full-precision model an artifact was made from, checked to be the very same bytes.

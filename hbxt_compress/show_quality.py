@@ -21,10 +21,11 @@ from hbxt_compress.render.table import (
 )
 
 if TYPE_CHECKING:
+    from hbxt_compress.bisection import Bisection
     from hbxt_compress.comparing import Comparison
     from hbxt_compress.report import QualityReport
 
-__all__ = ["comparison", "lines", "report"]
+__all__ = ["bisection", "comparison", "lines", "report"]
 
 
 def report(found: QualityReport, folder: Path | None, json_wanted: bool) -> None:
@@ -89,6 +90,20 @@ def comparison(found: Comparison, out: Path | None, json_wanted: bool) -> None:
         for one in found.reports
     ]  # fmt: skip
     show.rows(f"suite {found.suite}, {found.n_clips} clips", columns, rows, list(lines(found)))
+    return None
+
+
+def bisection(found: Bisection, json_wanted: bool) -> None:
+    """Prints what each part gains in full precision, and where the error enters."""
+    if json_wanted:
+        return show.as_json(found.to_json())
+    title = f"PSNR {found.psnr_db:.1f} dB over {found.n_clips} clips; with one part put back:"
+    rows = [
+        (part.name, f"{part.gain_db:+.1f} dB", ", ".join(part.layers))
+        for part in (*found.components, *found.blocks)
+    ]
+    notes = [found.note] if found.note else []
+    show.rows(title, ("part", ">gain", "its worst layers"), rows, [*notes, found.text])
     return None
 
 

@@ -70,6 +70,7 @@ ROWS = (
     {"costs"},
     {"pipeline"},
     {"smoke", "evaluation", "comparing"},
+    {"bisection"},
     {"show", "progress", "stopping", "doctor"},
     {"show_fit", "show_quality", "show_training"},
     {"ending", "film", "cli_import", "cli_quality", "cli_recipes"},

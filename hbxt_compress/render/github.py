@@ -76,16 +76,22 @@ def commands(report: QualityReport) -> list[str]:
     ]
 
 
-def tell_github(report: QualityReport, environment: Mapping[str, str] | None = None) -> None:
-    """Inside a GitHub workflow: prints annotations, adds to the step's summary. Else nothing."""
+def tell_github(
+    report: QualityReport, where: str = "", environment: Mapping[str, str] | None = None
+) -> None:
+    """Inside a GitHub workflow: prints annotations, adds to the step's summary. Else nothing.
+
+    where: the error enters, in a sentence.
+    """
     given = os.environ if environment is None else environment
     if given.get("GITHUB_ACTIONS") != "true":
         return
-    for line in commands(report):
+    more = [f"::error title=where the error enters::{_data(where.strip())}"] if where else []
+    for line in [*commands(report), *more]:
         sys.stdout.write(line + "\n")
     if path := given.get("GITHUB_STEP_SUMMARY"):
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(summary(report) + "\n")
+            file.write(summary(report) + (f"{escaped(where.strip())}\n" if where else "") + "\n")
 
 
 def _data(text: str) -> str:
