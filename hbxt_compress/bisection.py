@@ -6,8 +6,10 @@ clips. Parts of a student are those of its own full precision.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,6 @@ from hbxt_compress.machine import Machine
 from hbxt_compress.metrics.latents import latent_curve
 from hbxt_compress.metrics.pixels import psnr
 from hbxt_compress.pipeline import artifact_of, plan_of, ranges_of, rounded_of
-from hbxt_compress.plan import Plan
 from hbxt_compress.recipe import Recipe, load_recipe
 from hbxt_compress.source import Source
 from hbxt_compress.stages.sample import sample
@@ -110,14 +111,15 @@ def bisect(
     ]
     blocks, note = list[Part](), ""
     try:
-        plan, rounded, ranges = _made_from(candidate, source, store)
+        how = _made_from(candidate, source, store)
+        changed = _not_as_exported(candidate, shared | how, store)
     except Missing:
         note = "blocks were not put back: the store lacks what the artifact was exported from"
     else:
-        for block in blocks_of(plan) if rounded is not None else []:
-            entry = store.result(
-                swap, part=block, **shared, plan=plan, rounded=rounded, ranges=ranges
-            )
+        if changed:
+            note = f"blocks were not put back: exported again it differs in {', '.join(changed)}"
+        for block in [] if changed else blocks_of(how["plan"]):
+            entry = store.result(swap, part=block, **shared, **how)
             blocks.append(Part(name=block, gain_db=gain(entry), layers=_worst(candidate, block)))
     errors = [latent_curve(a, b) for a, b in zip(reference.clips, own.clips, strict=True)]
     return Bisection(
@@ -130,15 +132,31 @@ def bisect(
     )
 
 
-def _made_from(
-    candidate: Artifact, source: Source, store: Store
-) -> tuple[Plan, Entry | None, dict[str, Entry]]:
+def _made_from(candidate: Artifact, source: Source, store: Store) -> dict[str, Any]:
     """Plan, rounded weights and ranges of an artifact; Missing if the store lacks any."""
     peek, machine = store.peek(), Machine()
     recipe = Recipe.from_manifest(candidate.manifest.recipe)
     plan = plan_of(recipe, source, peek, machine)
     rounded = rounded_of(recipe, plan, source, peek, machine)
-    return plan, rounded, dict(ranges_of(recipe, plan, source, peek, machine))
+    ranges = dict(ranges_of(recipe, plan, source, peek, machine))
+    return {"plan": plan, "rounded": rounded, "ranges": ranges}
+
+
+def _not_as_exported(candidate: Artifact, how: Mapping[str, Any], store: Store) -> list[str]:
+    """Files of the transformers that are not what its weights give when they are exported again.
+
+    Then a block that is put back would mend what is wrong elsewhere, too.
+    """
+    found, had = list[str](), {record.path: record.sha256 for record in candidate.manifest.files}
+    for component in dict.fromkeys(block.split("/")[0] for block in blocks_of(how["plan"])):
+        entry = store.result(swap, part=f"{component}/nothing", **how)
+        again = Artifact.open(entry.folder / FOLDER).manifest.files
+        found += [
+            record.path
+            for record in again
+            if record.path.startswith(f"{component}/") and had.get(record.path) != record.sha256
+        ]
+    return found
 
 
 def _psnr(reference: ClipSet, other: ClipSet) -> float:

@@ -34,7 +34,7 @@ def swap(
     """Writes an artifact of one clip size in `artifact/`. exact: the model in full precision.
 
     part: `vae_decoder`, or a block such as `transformer/blocks.3`, of which plan, rounded and
-    ranges say how the others were exported.
+    ranges say how the others were exported; of one that there is not, all of them.
     """
 
     def make(path: Path) -> None:
@@ -48,7 +48,7 @@ def swap(
                 shutil.copyfile(file, path / file.name)
         if part != component:
             assert plan is not None
-            assert rounded is not None
+            assert rounded is not None  # else nothing of it could be put back
             whole, kept = _without(part, plan, QuantizedModel.open(rounded.folder))
             write_component(
                 family_of(source), source, component, whole, kept, path / component,
