@@ -69,7 +69,7 @@ def test_the_summary_is_a_screen_with_what_to_read_it_by(report: QualityReport) 
     assert "| ulp (noise) | 2 | 91 |" in text
     assert "provider: only the CPU" in text
     assert "slow\\_motion" in text
-    assert "\\\\<c>" in text  # escaped, so no tag
+    assert "\\<c>" in text  # escaped, so no tag
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in tables}) <= 2
     assert len(text.splitlines()) < 40
