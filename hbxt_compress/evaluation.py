@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.baseline import Accepted
-from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.errors import SourceError, UsageError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.pipeline import artifact_of, located, published, student_of
 from hbxt_compress.recipe import distillers, load_recipe
@@ -40,12 +40,16 @@ def evaluate(
 
     A student's sets of clips are also measured against those of the model it was distilled from.
     baseline: where it lies and what it says; clips must not be worse than those were.
+
+    Raises:
+        UsageError: the artifact is the full-precision one under another name.
     """
     candidate = Artifact.open(artifact)
     sources = sources_of(candidate, model, store, machine)
     size, precise = candidate.manifest.geometry, load_recipe(REFERENCE)
     made = [artifact_of(precise, source, store, machine, (size,)) for source in sources]
     exact = Artifact.open(made[-1].folder)
+    _refuse_itself(candidate, exact)
     clips = [
         store.result(
             sample, artifact=one, items=suite.items(), n_steps=steps_of(one, suite), on=machine
@@ -65,6 +69,19 @@ def evaluate(
         **({"original": clips[1]} if len(made) > 1 else {}),
     )
     return QualityReport.load(published(store, entry, out, mark="report.json"))
+
+
+def _refuse_itself(candidate: Artifact, exact: Artifact) -> None:
+    """Full precision measured against itself must be meant: then its recipe is called so."""
+    sides = [
+        {(r.path, r.sha256) for r in one.manifest.files if r.path.count("/") == 1}
+        for one in (candidate, exact)
+    ]
+    if sides[0] == sides[1] and candidate.manifest.recipe.get("name") != REFERENCE:
+        raise UsageError(
+            f"{candidate.folder}: every graph and weight is byte for byte the full-precision "
+            "export's, so there is nothing to measure; was the right folder given?"
+        )
 
 
 def _controls(

@@ -126,6 +126,18 @@ def test_a_broken_block_is_worse_than_the_baseline_and_an_equal_artifact_is_not(
         compare_reports([report, same])
 
 
+def test_full_precision_under_another_name_is_refused(
+    artifact: Path, store: Store, tmp_path: Path
+) -> None:
+    made = Artifact.open(artifact).manifest.source["model"]
+    out = tmp_path / "fp32"
+    pipeline.compress(load_recipe("fp32"), str(made), store, machine=Machine(), out=out)
+    manifest = Artifact.open(out).manifest
+    write_manifest(out, replace(manifest, recipe={**manifest.recipe, "name": "w4a16"}))
+    with pytest.raises(UsageError, match="byte for byte the full-precision"):
+        evaluation.evaluate(out, _suite(), store, machine=Machine())
+
+
 def test_blocks_are_put_back_one_by_one(artifact: Path, store: Store) -> None:
     found = bisect(artifact, _suite(), store, machine=Machine(), n_clips=2)
     assert found.note == ""
