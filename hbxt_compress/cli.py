@@ -18,6 +18,7 @@ from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
 from hbxt_compress.cli_quality import accept, bisect, compare, evaluate, results
 from hbxt_compress.cli_recipes import copy, recipes, show_recipe
+from hbxt_compress.cli_release import explain_, push_, release_, verify
 from hbxt_compress.errors import (
     CheckFailed,
     RuntimeUnavailable,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILTIN", "check", "doctor", "generate", "hbxt", "main", "plan", "quantize", "status",
-    "verify",
 ]  # fmt: skip
 
 BUILTIN = "builtin/tiny-wan"
@@ -237,16 +237,6 @@ def generate(
 
 
 @hbxt.command()
-@click.argument("artifact", type=_path)
-def verify(artifact: Path) -> None:
-    """Check ARTIFACT against its manifest."""
-    from hbxt_compress import show
-    from hbxt_compress.artifact import Artifact
-
-    show.verified(Artifact.open(artifact, verify=True))
-
-
-@hbxt.command()
 @click.argument("path", type=_path, metavar="ARTIFACT|FILE.onnx")
 @click.option("--target", "targets", multiple=True, help="gfx1201, cpu, ...; may be repeated.")
 @click.option("--runtime", help="What must run it; default: migraphx, on the target cpu cpu.")
@@ -300,7 +290,10 @@ def status(recipe: str, model: str, store: Path, as_json: bool) -> None:
     show.status(pipeline.status(load_recipe(recipe), model, Store(store)), as_json)
 
 
-for _command in (evaluate, bisect, accept, compare, results, import_, recipes, show_recipe, copy):
+for _command in (
+    evaluate, bisect, accept, compare, results, import_, recipes, show_recipe, copy, release_,
+    verify, explain_, push_,
+):  # fmt: skip
     hbxt.add_command(_command)
 
 

@@ -20,6 +20,7 @@ from hbxt_compress.costs.rates import find_rates
 from hbxt_compress.costs.training import TrainingCost, training_costs
 from hbxt_compress.errors import PlanError
 from hbxt_compress.geometry import Geometry
+from hbxt_compress.journal import file_sha256
 from hbxt_compress.lightened import as_if_lightened
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
@@ -245,6 +246,7 @@ def artifact_of(
         export, source=source, model=source.model, plan=planned,
         rounded=rounded_of(recipe, planned, source, store, machine), recipe=recipe,
         clips=tuple(clips), ranges=ranges_of(recipe, planned, source, store, machine),
+        licences={name: file_sha256(path) for name, path in source.licences.items()},
     )  # fmt: skip
 
 
@@ -304,8 +306,7 @@ def student_of(
         made = store.result(
             distill, source=student, teacher=source, lessons=lessons, how=one, on=machine
         )
-        folder = str(made.folder / STUDENT)
-        student = replace(located(folder, store), model=source.model)
+        student = _made_of(source, made, store)
     if decoder is not None:
         student = _lightened(decoder, student, store, machine)
     return student
@@ -322,4 +323,10 @@ def _lightened(how: AnyDecoder, source: Source, store: Store, machine: Machine) 
         features=how.wants_features, on=machine,
     )  # fmt: skip
     made = store.result(lighten, source=source, views=views, how=how, on=machine)
-    return replace(located(str(made.folder / STUDENT), store), model=source.model)
+    return _made_of(source, made, store)
+
+
+def _made_of(source: Source, made: Entry, store: Store) -> Source:
+    """A student, called as its model is, under that model's licences."""
+    student = located(str(made.folder / STUDENT), store)
+    return replace(student, model=source.model, licences=source.licences)

@@ -34,6 +34,7 @@ __all__ = [
     "clip",
     "console",
     "findings",
+    "lines",
     "plan",
     "prediction",
     "recipes",
@@ -268,6 +269,13 @@ def verified(found: Artifact) -> None:
         escape(f"{found.folder}: {len(records)} files, {total}: as the manifest says"),
         soft_wrap=True,
     )
+
+
+def lines(told: Iterable[str]) -> None:
+    """Prints lines of text, as wide as they are."""
+    out = console()
+    for line in told:
+        out.print(escape(line), soft_wrap=True)
 
 
 def rows(

@@ -23,9 +23,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -59,12 +59,22 @@ _REMEDY = "make room, or move the store to another disk and name it with --store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A finished result. digest identifies its bytes, key the document that asked for them."""
+    """A finished result. digest identifies its bytes, key the document that asked for them.
+
+    version: the stage's. made_from: the results that it was given, as far as this run knows.
+    """
 
     folder: Path
     stage: str
     key: str
     digest: str
+    version: int = 0
+    made_from: tuple[Entry, ...] = field(default=(), compare=False)
+
+    def steps(self) -> tuple[Entry, ...]:
+        """The results that led here, each once and after those it was made from; last this one."""
+        found = {one.digest: one for made in self.made_from for one in made.steps()}
+        return (*found.values(), self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +200,7 @@ class Store:
                 self._build(stage, arguments, folder, document)
             if leads:
                 _aside(folder).unlink(missing_ok=True)
-            return self._open(folder, document)
+            return replace(self._open(folder, document), made_from=_entries(arguments.values()))
 
     def seconds(self, entry: Entry) -> float:
         """Median time that a piece of a result took when it was made; 0 where none was noted."""
@@ -264,7 +274,14 @@ class Store:
             )
         content = {name: about["sha256"] for name, about in record["files"].items()}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return Entry(folder=folder, stage=folder.parent.name, key=folder.name, digest=digest)
+        n, stage = record["document"]["version"], folder.parent.name
+        return Entry(folder=folder, stage=stage, key=folder.name, digest=digest, version=n)
+
+
+def _entries(values: Iterable[object]) -> tuple[Entry, ...]:
+    """The results among arguments, also those in a mapping."""
+    flat = [x for v in values for x in (v.values() if isinstance(v, Mapping) else (v,))]
+    return tuple(one for one in flat if isinstance(one, Entry))
 
 
 def _version(package: str) -> str:

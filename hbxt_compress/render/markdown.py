@@ -15,10 +15,11 @@ from hbxt_compress.render.table import (
 )
 from hbxt_compress.report import QualityReport
 
-__all__ = ["escaped", "markdown", "write_markdown"]
+__all__ = ["escaped", "markdown", "markdown_table", "write_markdown"]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with the head in its first row; cells are escaped."""
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(escaped(cell) for cell in row) + " |" for row in cells)
 
@@ -40,8 +41,8 @@ def markdown(report: QualityReport) -> str:
         f"{report.n_clips} clips by the compressed model against {report.n_clips} by the "
         "full-precision model: same prompts, seeds and noise, both through the same runtime. "
         f"{escaped(calibration(report))}".rstrip(),
-        _table(METRICS_HEAD, metric_rows(report)),
-        _table(BYTES_HEAD, byte_rows(report)),
+        markdown_table(METRICS_HEAD, metric_rows(report)),
+        markdown_table(BYTES_HEAD, byte_rows(report)),
     ]
     reasons = [f"- {escaped(v.metric)}: {v.outcome}, {escaped(v.reason)}" for v in report.verdicts]
     told = [f"- {escaped(name)}: {escaped(note)}" for name, note in notes(report)]

@@ -25,7 +25,7 @@ _NASTY = 'a|b <c> & "d"\x07 ::error::, 100 %\nnext'
 def report() -> QualityReport:
     found = Finding(
         failure="slow_motion", outcome="undecided", value=-0.06, interval=(-0.13, 0.01),
-        tolerance=0.04, unit="%", n=12, clips=(), n_needed=40, text="perhaps slower: 40 clips would tell",
+        tolerance=0.04, unit="%", n=12, clips=(), n_needed=40, text="perhaps slower: 40 would tell",
     )  # fmt: skip
     verdicts = (
         Verdict(metric="psnr", limit=30.0, outcome="pass", reason="fine"),
