@@ -21,9 +21,9 @@ from hbxt_compress.metrics.weights import Unavailable
 from hbxt_compress.report import Measurement
 
 if TYPE_CHECKING:
-    from hbxt_compress.metrics import ClipMetric, SetMetric
+    from hbxt_compress.metrics import ClipMetric, NoReferenceMetric, SetMetric
 
-__all__ = ["between_sets", "by_prompt", "curves", "paired"]
+__all__ = ["between_sets", "by_prompt", "curves", "paired", "two_sided"]
 
 Pairs = Sequence[tuple[Clip, Clip]]
 
@@ -57,6 +57,19 @@ def by_prompt(metric: ClipMetric, empty: Measurement, pairs: Pairs, seed: int) -
         # per_clip is in the order of all clips, or empty.
         found.append(replace(one, per_clip=()) if left_out else one)
     return found
+
+
+def two_sided(
+    metric: NoReferenceMetric, empty: Measurement, pairs: Pairs, seed: int
+) -> Measurement:
+    """`empty` with the mean |difference| of both sides' scores; reference is its side's own mean.
+
+    Clip by clip, for differences in both directions must not cancel.
+    """
+    found = np.array(metric.scores([clip for side in zip(*pairs, strict=True) for clip in side]))
+    a, b = found[: len(pairs)], found[len(pairs) :]
+    one = _mean(empty, np.abs(b - a).tolist(), seed, f"the candidate itself scores {b.mean():.4g}")
+    return one if one.value is None else replace(one, reference=float(a.mean()))
 
 
 def between_sets(

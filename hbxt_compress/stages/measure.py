@@ -20,12 +20,13 @@ from hbxt_compress.manifest import Manifest
 from hbxt_compress.metrics import (
     METRICS,
     ClipMetric,
+    NoReferenceMetric,
     PairMetric,
     SetMetric,
     Unavailable,
     WeightFiles,
 )
-from hbxt_compress.metrics.apply import between_sets, by_prompt, curves, paired
+from hbxt_compress.metrics.apply import between_sets, by_prompt, curves, paired, two_sided
 from hbxt_compress.metrics.statistics import conclude, decide
 from hbxt_compress.render.markdown import write_markdown
 from hbxt_compress.render.page import write_page
@@ -197,6 +198,8 @@ def _measured(name: str, sides: _Sides, files: WeightFiles, n_sick: int) -> list
             return [paired(metric.compare, empty, sides.pairs(), sides.seed)]
         if isinstance(metric, SetMetric):
             return [between_sets(metric, empty, sides.reference, sides.candidate, sides.seed)]
+        if isinstance(metric, NoReferenceMetric):
+            return [two_sided(metric, empty, sides.pairs(), sides.seed)]
         assert isinstance(metric, ClipMetric)
         return by_prompt(metric, empty, sides.pairs(), sides.seed)
     except Unavailable as reason:
