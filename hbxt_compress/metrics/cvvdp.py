@@ -8,6 +8,7 @@ names, and for a clip that fills only its own pixels of it. Slow: seconds for ea
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,16 +70,17 @@ class Cvvdp:
 
 
 def _imported() -> ModuleType:
+    remedy = "pip install 'hbxt-compress[slow]'"
+    if importlib.util.find_spec("pycvvdp") is None:  # before torchvision, which takes its time
+        raise Unavailable(f"no package cvvdp: {remedy}")
     try:
         mend_torchvision()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes in its strings that Python deprecates
             import pycvvdp
     except ImportError as error:
-        raise Unavailable(
-            f"no package cvvdp ({error}): pip install 'hbxt-compress[slow]'"
-        ) from None
-    return pycvvdp  # type: ignore[no-any-return]
+        raise Unavailable(f"cvvdp cannot be imported ({error}): {remedy}") from None
+    return pycvvdp
 
 
 CVVDP = Cvvdp()

@@ -153,7 +153,7 @@ def _checked(dimension: str, cache: Path) -> dict[str, str]:
 
 def _scored(dimension: str, clips: Sequence[Clip], python: str, cache: Path) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
-        videos, out, torch_home = (Path(folder) / name for name in ("videos", "out", "torch"))
+        videos, out, torch_home = (Path(folder) / name for name in ("videos", "out", "hub"))
         paths = [videos / f"{i:05d}.mp4" for i in range(len(clips))]
         for path, clip in zip(paths, clips, strict=True):
             write_lossless_mp4(path, clip.frames, clip.fps)
@@ -164,11 +164,12 @@ def _scored(dimension: str, clips: Sequence[Clip], python: str, cache: Path) -> 
             "HF_HUB_OFFLINE": "1",
         }
         if dimension == "subject_consistency":  # DINO looks there, whatever path VBench gives it
-            hub = torch_home / "hub" / "checkpoints"
-            hub.mkdir(parents=True)
-            (hub / Path(_DINO).name).symlink_to((cache / _DINO).absolute())
+            checkpoints = torch_home / "hub" / "checkpoints"
+            checkpoints.mkdir(parents=True)
+            (checkpoints / Path(_DINO).name).symlink_to((cache / _DINO).absolute())
             environment["TORCH_HOME"] = str(torch_home)
-        command = [python, str(_RUN), dimension, str(videos), str(out)]
+        # As text: a script's own folder would be searched first, and this file be its vbench.
+        command = [python, "-c", _RUN.read_text("utf-8"), dimension, str(videos), str(out)]
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
         written = out / "scores_eval_results.json"
         if run.returncode or not written.is_file():

@@ -1,4 +1,4 @@
-"""Scores a folder of videos with VBench. Run as a script by the Python that VBench is installed in.
+"""Scores a folder of videos with VBench. Its text is run by the Python that VBench is installed in.
 
 That Python need not have this project, so nothing of it is imported here. Scores are left in
 scores_eval_results.json of the output folder, as VBench writes them.

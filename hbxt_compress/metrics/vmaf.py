@@ -25,6 +25,7 @@ __all__ = ["CAMBI", "VMAF", "Libvmaf", "run_libvmaf", "to_yuv"]
 
 _MODEL: Final = "vmaf_v0.6.1"
 _LEAST_PX: Final = 32  # libvmaf reads beyond smaller frames, and dies of it
+_CAMBI_LEAST_PX: Final = 216  # of the longer side; below it the whole run fails
 _K_RED, _K_BLUE = 0.2126, 0.0722  # BT.709
 _LUMA = np.array([_K_RED, 1 - _K_RED - _K_BLUE, _K_BLUE])
 _TO_YUV = np.stack(  # columns: luma, then blue and red less luma, as shares of the 8-bit range
@@ -56,7 +57,8 @@ def run_libvmaf(
     n_frames, height, width = reference.frames.shape[:3]
     if min(height, width) < _LEAST_PX:
         raise Unavailable(
-            f"frames of {height}x{width} pixels are too small for libvmaf: it needs {_LEAST_PX}"
+            f"frames of {height}x{width} pixels are too small for libvmaf: each side must have "
+            f"{_LEAST_PX}"
         )
     wanted = "|".join(f"name={name.replace(':', chr(92) + ':')}" for name in features)
     chosen = f":feature='{wanted}'" if wanted else ""
@@ -90,8 +92,6 @@ def _vmaf(pooled: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def _banding(pooled: Mapping[str, Mapping[str, float]]) -> float:
-    if "cambi" not in pooled:  # then it says so in its log only
-        raise Unavailable("libvmaf gives no CAMBI of frames below 216 pixels a side: leave it out")
     return abs(pooled["cambi"]["mean"] - pooled["cambi_source"]["mean"])
 
 
@@ -104,6 +104,7 @@ class Libvmaf:
     family: Literal["fidelity", "distribution", "health"]
     pick: Callable[[Mapping[str, Mapping[str, float]]], float]
     features: tuple[str, ...] = ()
+    longer_px: int = _LEAST_PX
     ffmpeg: str | None = None
     unit: str = ""
     least_n: int = 8
@@ -132,6 +133,12 @@ class Libvmaf:
         """
         if self.ffmpeg is None:
             raise Unavailable("load() it first")
+        height, width = reference.frames.shape[1:3]
+        if max(height, width) < self.longer_px:
+            raise Unavailable(
+                f"frames of {height}x{width} pixels are too small for {self.name}: "
+                f"one side must have {self.longer_px}"
+            )
         found = run_libvmaf(self.ffmpeg, reference, candidate, self.features)
         return float(self.pick(found["pooled_metrics"]))
 
@@ -172,4 +179,5 @@ CAMBI = Libvmaf(
     family="health",
     pick=_banding,
     features=("cambi:full_ref=true",),
+    longer_px=_CAMBI_LEAST_PX,
 )
