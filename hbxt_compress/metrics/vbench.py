@@ -139,8 +139,8 @@ def _checked(dimension: str, cache: Path) -> dict[str, str]:
     names = _OPENED[dimension]
     if missing := [name for name in names if not (cache / name).is_file()]:
         raise Unavailable(
-            f"{cache} lacks {', '.join(missing)}: `vbench evaluate --load_ckpt_from_local True "
-            f"--dimension {dimension}` downloads it; another folder goes into VBENCH_CACHE_DIR"
+            f"{cache} lacks {', '.join(missing)}: let VBench download it, as eval/README.md shows, "
+            "or name another folder in VBENCH_CACHE_DIR"
         )
     found = {name: sha256_of(cache / name) for name in names}
     for name, sha256 in found.items():
