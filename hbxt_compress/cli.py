@@ -265,7 +265,7 @@ def doctor(provider: str | None, store: Path, as_json: bool) -> None:
     """Look at this machine: what runs a graph, and what is in the way.
 
     Wheels of ONNX Runtime and whether they clash, GPUs, ROCm, which providers really run two nodes,
-    memory and disk; each with a remedy. Exit 1 if something must be mended.
+    memory and disk, metrics that are optional; each with a remedy. Exit 1 if one must be mended.
     """
     from hbxt_compress import show
     from hbxt_compress.doctor import examine

@@ -38,6 +38,7 @@ __all__ = [
     "health",
     "read_video",
     "to_uint8",
+    "write_lossless_mp4",
     "write_mp4",
 ]
 
@@ -263,6 +264,30 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return n_frames
+
+
+def write_lossless_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes frames (uint8 T H W 3) as H.264 in RGB, which a reader gives back to the bit.
+
+    Raises:
+        RuntimeUnavailable: this PyAV has no libx264rgb.
+    """
+    if "libx264rgb" not in av.codecs_available:
+        raise RuntimeUnavailable(
+            f"this PyAV {av.__version__} has no encoder libx264rgb; "
+            "install the `av` wheel from the package index"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        for frame in frames:
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(rgb))
+        container.mux(stream.encode(None))
 
 
 def read_video(path: Path, *, max_frames: int | None = None) -> np.ndarray:

@@ -15,11 +15,14 @@ from typing import Final, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from hbxt_compress.clips import Clip
+from hbxt_compress.metrics.cvvdp import CVVDP
 from hbxt_compress.metrics.latents import LATENT_ERROR
 from hbxt_compress.metrics.pixels import FLICKER, MOTION_RATIO, PSNR, SSIM, TEMPORAL_ERROR
 from hbxt_compress.metrics.prompt import PROMPT_FOLLOWING
 from hbxt_compress.metrics.scales import POWER, Scale
 from hbxt_compress.metrics.sets import FD_CONTENT, FD_TEMPORAL, FVD_I3D, KID_CONTENT, KID_TEMPORAL
+from hbxt_compress.metrics.vbench import VBENCH
+from hbxt_compress.metrics.vmaf import CAMBI, VMAF
 from hbxt_compress.metrics.weights import Unavailable, WeightFiles
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "Family",
     "Lpips",
     "Metric",
+    "NoReferenceMetric",
     "PairMetric",
     "SetMetric",
     "Unavailable",
@@ -76,6 +80,14 @@ class ClipMetric(Metric, Protocol):
 
     def score(self, clip: Clip) -> dict[str, float] | None:
         """Scores by name, the metric's own first; None where the prompt cannot be judged."""
+
+
+@runtime_checkable
+class NoReferenceMetric(Metric, Protocol):
+    """Scores clips by themselves; what counts is how far both sides' scores are apart."""
+
+    def scores(self, clips: Sequence[Clip]) -> list[float]:
+        """One score a clip, in order."""
 
 
 @runtime_checkable
@@ -143,4 +155,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fvd_i3d": FVD_I3D,
     "motion_ratio": MOTION_RATIO,
     "flicker": FLICKER,
+    "vmaf": VMAF,
+    "cambi": CAMBI,
+    "cvvdp": CVVDP,
+    **{metric.name: metric for metric in VBENCH},
 }

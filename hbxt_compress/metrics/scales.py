@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-__all__ = ["AMPLITUDE", "DECIBEL", "POWER", "SHARE", "SIMILARITY", "Scale"]
+__all__ = ["AMPLITUDE", "DECIBEL", "JOD", "POINTS", "POWER", "SHARE", "SIMILARITY", "Scale"]
 
 _LEAST = 1e-10  # power that counts as none: 100 dB, which is where PSNR ends, too
 
@@ -41,5 +41,9 @@ AMPLITUDE: Final = Scale(damage=lambda x: _db(np.square(x)), margin=1.0, unit="d
 """absolute distances"""
 SIMILARITY: Final = Scale(damage=lambda x: _db(1 - x), margin=1.0, unit="dB")
 """1 for identical, falling with the squared distance: SSIM"""
+POINTS: Final = Scale(damage=lambda x: -x, margin=2.0, unit="points")
+"""scores of 0..100, higher is better: VMAF"""
+JOD: Final = Scale(damage=lambda x: -x, margin=0.25, unit="JOD")
+"""just-objectionable differences, 10 for none; at 1 three of four people prefer the better one"""
 SHARE: Final = Scale(damage=lambda x: -x, margin=0.03, unit="")
 """shares of what is right, 0..1"""

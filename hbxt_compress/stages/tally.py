@@ -16,6 +16,7 @@ from hbxt_compress.metrics import (
     METRICS,
     ClipMetric,
     Metric,
+    NoReferenceMetric,
     PairMetric,
     SetMetric,
     Unavailable,
@@ -34,6 +35,7 @@ from hbxt_compress.report import Measurement
 __all__ = ["Curves", "Tally"]
 
 _LEAST_OF_A_SET: Final = 2
+_AT_ONCE: Final = 8  # pairs whose clips wait for a metric that opens its networks for each call
 
 
 class Tally:
@@ -50,6 +52,8 @@ class Tally:
         self._values: dict[str, list[float]] = {name: [] for name in names}
         self._scores: dict[str, list[_Scores]] = {name: [] for name in names}
         self._features: dict[tuple[str, str], tuple[list[np.ndarray], list[np.ndarray]]] = {}
+        self._waiting: dict[str, list[tuple[Clip, Clip]]] = {name: [] for name in names}
+        self._sides: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         self._n = self._n_same = 0
 
     def add(self, reference: Clip, candidate: Clip) -> None:
@@ -67,6 +71,10 @@ class Tally:
                         for side, clip in zip(sides, (reference, candidate), strict=True):
                             side.append(metric.features([clip]))
                         seen.add(eye)
+                elif isinstance(metric, NoReferenceMetric):
+                    self._waiting[name].append((reference, candidate))
+                    if len(self._waiting[name]) == _AT_ONCE:
+                        self._score(name, metric)
                 else:
                     assert isinstance(metric, ClipMetric)
                     self._scores[name].append((metric.score(reference), metric.score(candidate)))
@@ -107,7 +115,18 @@ class Tally:
             return [_mean(empty, self._values[name], seed, note)]
         if isinstance(metric, SetMetric):
             return [self._distance(metric, empty, seed)]
+        if isinstance(metric, NoReferenceMetric):
+            self._score(name, metric)
+            return [_two_sided(self._sides[name], empty, seed)]
         return _by_prompt(self._scores[name], empty, seed)
+
+    def _score(self, name: str, metric: NoReferenceMetric) -> None:
+        """Scores the pairs that wait, all clips in one call."""
+        waiting, self._waiting[name] = self._waiting[name], []
+        if waiting:
+            scores = metric.scores([clip for side in zip(*waiting, strict=True) for clip in side])
+            n = len(waiting)
+            self._sides[name] += list(zip(scores[:n], scores[n:], strict=True))
 
     def _distance(self, metric: SetMetric, empty: Measurement, seed: int) -> Measurement:
         if self._n < _LEAST_OF_A_SET:
@@ -168,6 +187,16 @@ def _empty(name: str, metric: Metric) -> Measurement:
         extractor=metric.extractor,
         extractor_sha256=metric.extractor_sha256,
     )
+
+
+def _two_sided(sides: Sequence[tuple[float, float]], empty: Measurement, seed: int) -> Measurement:
+    """The mean |difference| of both sides' scores; reference is its side's own mean.
+
+    Clip by clip, for differences in both directions must not cancel.
+    """
+    a, b = np.array(sides).T
+    one = _mean(empty, np.abs(b - a).tolist(), seed, f"the candidate itself scores {b.mean():.4g}")
+    return one if one.value is None else replace(one, reference=float(a.mean()))
 
 
 def _by_prompt(scores: Sequence[_Scores], empty: Measurement, seed: int) -> list[Measurement]:

@@ -16,6 +16,7 @@ from hbxt_compress.clips import (
     health,
     read_video,
     to_uint8,
+    write_lossless_mp4,
     write_mp4,
 )
 from hbxt_compress.errors import RuntimeUnavailable, SourceError, StoreError, UsageError
@@ -235,3 +236,23 @@ def test_clips_of_a_folder_are_read_when_they_are_asked_for(tmp_path: Path) -> N
     assert found[0].seed == 0
     with pytest.raises(StoreError, match=r"0001\.safetensors"):
         found[1]
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 48, 3), (2, 33, 47, 3)])
+def test_a_lossless_video_gives_every_byte_back(
+    tmp_path: Path, rng: np.random.Generator, shape: tuple[int, ...]
+) -> None:
+    frames = rng.integers(0, 256, shape, dtype=np.uint8)
+    path = tmp_path / "new" / "clip.mp4"
+    write_lossless_mp4(path, frames, 23.976)
+    assert np.array_equal(read_video(path), frames)
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(23.976, abs=1e-3)
+
+
+def test_a_lossless_video_needs_its_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(av, "codecs_available", {"libx264"})
+    with pytest.raises(RuntimeUnavailable, match="libx264rgb"):
+        write_lossless_mp4(tmp_path / "c.mp4", np.zeros((1, 4, 4, 3), np.uint8), 8)

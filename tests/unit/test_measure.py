@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,3 +334,37 @@ def test_the_same_clips_give_the_same_report(tmp_path: Path) -> None:
         _run(tmp_path / name, clips, _damaged(clips), limits={"psnr": 30.0})
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_scores_without_a_reference_count_in_both_directions(tmp_path: Path) -> None:
+    """One clip flickers more than its reference, one less: the differences must not cancel."""
+    still = [_flat_pair(20), _flat_pair(60)]
+    other = [_flat_pair(60), _flat_pair(20)]
+    report = _run(tmp_path, still, other, ("vbench_temporal_flickering",))
+    found = _of(report, "vbench_temporal_flickering")
+    assert found.value == pytest.approx(40 / 255)
+    assert found.reference == pytest.approx(1 - 40 / 255)
+    assert found.per_clip == pytest.approx([40 / 255, 40 / 255])
+    assert (found.family, found.direction, found.n) == ("health", "lower", 2)
+    assert found.note == "the candidate itself scores 0.8431"
+
+
+def _flat_pair(step: int) -> Clip:
+    """Two frames of a ramp, the second one brighter by `step`."""
+    ramp = np.arange(16, dtype=np.uint8)[None, None, :, None].repeat(16, axis=1).repeat(3, axis=3)
+    return Clip(frames=np.concatenate([ramp, ramp + step]), prompt="p", seed=0, fps=8.0)
+
+
+def test_a_tool_that_is_not_installed_is_a_note_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    clips = _clips(2)
+    report = _run(tmp_path, clips, _damaged(clips), ("psnr", "vmaf", "cvvdp"), {"vmaf": 90})
+    assert _of(report, "psnr").value is not None
+    for name in ("vmaf", "cvvdp"):
+        assert _of(report, name).value is None
+        assert "pip install 'hbxt-compress[slow]'" in _of(report, name).note
+    assert report.outcome == "undecided"
+    assert "hbxt-compress[slow]" in report.verdicts[0].reason
