@@ -69,7 +69,7 @@ def interval(one: Measurement) -> str:
 
 def metric_rows(report: QualityReport) -> list[tuple[str, ...]]:
     """A row per measurement, as METRICS_HEAD names them; the unit stands with the value."""
-    verdicts = {verdict.metric: verdict for verdict in report.verdicts}
+    verdicts = {one.metric: one for one in report.verdicts if one.against == "promise"}
     rows: list[tuple[str, ...]] = []
     for one in report.measurements:
         verdict = verdicts.get(one.metric)
