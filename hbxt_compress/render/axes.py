@@ -7,7 +7,7 @@ from html import escape
 
 __all__ = ["log_ticks", "opening", "round_ticks"]
 
-_MOST = 6  # ticks beside each other on a narrow page
+_MOST = 4  # ticks beside each other on a narrow page
 
 
 def opening(width: int, height: int, label: str, kind: str = "chart") -> str:
@@ -28,7 +28,7 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Up to 6 round numbers within 10^low..10^high; the ends where no round one lies within."""
+    """Up to 4 round numbers within 10^low..10^high; the ends where no round one lies within."""
     decades = range(math.floor(low), math.ceil(high) + 1)
     for mantissas in ((1, 2, 5), (1, 3), (1,)):
         found = [m * 10.0**k for k in decades for m in mantissas]

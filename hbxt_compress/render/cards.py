@@ -16,10 +16,10 @@ from hbxt_compress.report import ClipRecord, QualityReport
 
 __all__ = ["SPARKS", "Card", "cards", "worst_first"]
 
-# curve -> what it is, what its x axis counts, whether the player's cursor runs along it
+# curve -> its y axis, what its x axis counts, whether the player's cursor runs along it
 SPARKS = {
     "psnr/frame": ("PSNR in dB", "frame", True),
-    "latent_error/step": ("relative error of the latents", "denoising step", False),
+    "latent_error/step": ("relative latent error", "denoising step", False),
 }
 
 
@@ -96,7 +96,7 @@ def _card(report: QualityReport, i: int, pair: tuple[Clip, Clip], lossless: bool
 
 def _sparks(curves: Mapping[str, Sequence[float]]) -> tuple[tuple[str, Markup], ...]:
     return tuple(
-        (f"{title} by {x}", Markup(spark(curves[name], label=title, x_label=x, cursor=cursor)))
+        (title, Markup(spark(curves[name], label=title, x_label=x, cursor=cursor)))
         for name, (title, x, cursor) in SPARKS.items()
         if curves.get(name)
     )

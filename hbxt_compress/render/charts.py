@@ -12,7 +12,7 @@ __all__ = ["bar_chart", "line_chart", "spark"]
 
 _WIDTH, _HEIGHT = 400, 200  # narrow, so that text is still read where the page is 320 px wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 34
-_SPARK = (240, 76, 40, 6, 6, 16)  # width, height and margins: left, right, top, bottom
+_SPARK = (240, 76, 54, 6, 6, 16)  # width, height and margins: left, right, top, bottom
 
 
 def line_chart(
@@ -129,9 +129,7 @@ def bar_chart(rows: Sequence[tuple[str, Mapping[str, float], str]]) -> str:
         shown = name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}"
         y += line
         parts.append(f'<text class="name" x="0" y="{y - 4:.1f}">{escape(shown)}</text>')
-        parts.append(
-            f'<text x="{_WIDTH}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>'
-        )
+        parts.append(f'<text x="{_WIDTH}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>')
         for kind, value in series.items():
             width = max(1.0, _WIDTH * value / most)
             parts.append(

@@ -137,7 +137,9 @@ def _component(name: str, layers: Sequence[tuple[str, Cell]]) -> Component:
             blocks = lists.setdefault(found["list"], {})
             blocks.setdefault(found["block"], {})[found["role"]] = cell
     shown = {key: blocks for key, blocks in lists.items() if len(blocks) > 1}
-    inside = {cell.name for blocks in shown.values() for row in blocks.values() for cell in _of(row)}
+    inside = {
+        cell.name for blocks in shown.values() for row in blocks.values() for cell in _of(row)
+    }
     return Component(
         name=name,
         grids=tuple(_grid(*each) for each in shown.items()),

@@ -35,7 +35,7 @@ from hbxt_compress.render.verdicts import (
 )
 from hbxt_compress.report import QualityReport
 
-__all__ = ["MOST_BYTES", "page", "worst_first", "write_page"]
+__all__ = ["MOST_BYTES", "page", "write_page"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def page(report: QualityReport, reference: Sequence[Clip], candidate: Sequence[C
         layers=sorted(report.layers, key=lambda layer: -_error(layer)),
         open_cards=shown[:_N_OPEN],
         more_cards=shown[_N_OPEN:],
+        scores=_scores(report),
         n_left_out=report.n_clips - len(shown),
         lossless=all(one.lossless for card in shown for one in card.sheets),
         calibration=calibration(report),
@@ -105,6 +106,13 @@ def _player(reference: Sequence[Clip], shown: Sequence[int]) -> dict[str, object
 def _error(layer: Mapping[str, object]) -> float:
     error = layer.get("error")
     return float(error) if isinstance(error, int | float) else -1.0
+
+
+def _scores(report: QualityReport) -> dict[str, object]:
+    """All values of single clips, worst clips first."""
+    told = [m for m in report.measurements if len(m.per_clip) == report.n_clips]
+    rows = [(i, [m.per_clip[i] for m in told]) for i in worst_first(report)] if told else []
+    return {"names": [m.metric.split("[")[0] for m in told], "rows": rows}
 
 
 def _beside(report: QualityReport) -> list[tuple[str, str, int, list[float | None]]]:

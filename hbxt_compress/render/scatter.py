@@ -12,6 +12,7 @@ from hbxt_compress.render.table import size
 __all__ = ["Point", "scatter"]
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 300, 56, 16, 14, 40
+_LONGEST = 22  # letters of a label
 _LINE = 13  # between labels that would lie on each other
 
 
@@ -72,13 +73,17 @@ def scatter(points: Sequence[Point], *, y_label: str) -> str:
         parts.append(f"{shape}<title>{escape(told)}</title>{end}")
         parts.append(
             f'<text class="name" x="{label_x:.1f}" y="{label_y + 4:.1f}" '
-            f'text-anchor="{anchor}">{escape(point.name)}</text>'
+            f'text-anchor="{anchor}">{escape(_short(point.name))}</text>'
         )
     parts.append(
         f'<text x="{_LEFT + across / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
         "MB of weights (1 MB = 1,000,000 bytes)</text></svg>"
     )
     return "".join(parts)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def _apart(places: Sequence[tuple[float, float]]) -> list[float]:

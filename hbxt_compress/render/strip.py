@@ -23,7 +23,7 @@ KINDS = {
     "damage": "known damage",
     "seed": "unrelated clips",
 }
-_WIDTH, _LABEL, _SAME, _FIRST, _LAST, _LANE = 400, 92, 108, 128, 330, 19
+_WIDTH, _LABEL, _SAME, _FIRST, _LAST, _LANE = 400, 104, 122, 142, 330, 19
 _PERFECT_DB = 100.0  # where PSNR ends
 _LEAST = 1e-10
 
@@ -78,7 +78,7 @@ def _position(one: Measurement) -> Callable[[float], float | None]:
 def _ticks(one: Measurement, low: float, high: float) -> list[tuple[float, str]]:
     if one.unit == "dB":
         ticks = [tick for tick in round_ticks(low, high) if low <= tick <= high]
-        return [(tick, f"{-tick:g}") for tick in ticks]
+        return [(tick, f"{-tick + 0.0:g}") for tick in ticks]
     if one.direction == "higher":
         return [(math.log10(tick), f"{1 - tick:.6g}") for tick in log_ticks(low, high)]
     return [(math.log10(tick), f"{tick:.3g}") for tick in log_ticks(low, high)]
@@ -106,9 +106,7 @@ def _svg(one: Measurement, lanes: Sequence[_Lane]) -> str:
         parts.append(f'<text x="{at:.1f}" y="{bottom + 13}" text-anchor="middle">{text}</text>')
     if any(position(value) is None for value in all_values):
         parts.append(f'<line class="grid" x1="{_SAME}" x2="{_SAME}" y1="4" y2="{bottom}"/>')
-        parts.append(
-            f'<text x="{_SAME - 2}" y="{bottom + 13}" text-anchor="middle">identical</text>'
-        )
+        parts.append(f'<text x="{_SAME + 6}" y="{bottom + 13}" text-anchor="end">identical</text>')
     parts += [
         f'<line class="guide" x1="{x(lane.mean):.1f}" x2="{x(lane.mean):.1f}" '
         f'y1="4" y2="{bottom}"/>'

@@ -9,7 +9,7 @@ from hbxt_compress.report import Finding, QualityReport
 
 __all__ = ["MARKS", "Decision", "baseline_lines", "decisions", "findings", "undecided_line"]
 
-MARKS: Final = {"pass": "✓", "fail": "✗", "undecided": "?", "none": "–"}  # noqa: RUF001
+MARKS: Final = {"pass": "✓", "fail": "✗", "undecided": "?", "none": "–"}
 _WORST_FIRST = ("fail", "undecided", "pass")
 _AGAINST = {"promise": "promise", "baseline": "accepted baseline", "health": "health of the clips"}
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.render import page as page_module
+from hbxt_compress.render.cards import worst_first
 from hbxt_compress.render.charts import bar_chart, line_chart
 from hbxt_compress.render.markdown import markdown
-from hbxt_compress.render.page import page, worst_first
+from hbxt_compress.render.page import page
 from hbxt_compress.render.pictures import DIFFERENCE_GAIN, sheet, side_by_side
 from hbxt_compress.render.table import byte_rows, metric_rows, notes, size
 from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
