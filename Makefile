@@ -26,7 +26,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-students bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -88,6 +88,9 @@ bench-speed: $(VENV)/installed ## a step of every component beside torch, and re
 
 bench-students: $(VENV)/installed ## students beside their teacher, 256 clips each: build/bench/students.{json,md}
 	$(BIN)/python tests/bench/students.py --out $(BUILD)/bench
+
+bench-gate: $(VENV)/installed ## how often the gate fails full precision disturbed by rounding: build/bench/gate.json
+	$(BIN)/python tests/bench/gate.py --store $(STORE) --out $(BUILD)/bench
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json

@@ -16,7 +16,7 @@ import click
 
 from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
-from hbxt_compress.cli_quality import accept, compare, evaluate, results
+from hbxt_compress.cli_quality import accept, bisect, compare, evaluate, results
 from hbxt_compress.cli_recipes import copy, recipes, show_recipe
 from hbxt_compress.errors import (
     CheckFailed,
@@ -300,7 +300,7 @@ def status(recipe: str, model: str, store: Path, as_json: bool) -> None:
     show.status(pipeline.status(load_recipe(recipe), model, Store(store)), as_json)
 
 
-for _command in (evaluate, accept, compare, results, import_, recipes, show_recipe, copy):
+for _command in (evaluate, bisect, accept, compare, results, import_, recipes, show_recipe, copy):
     hbxt.add_command(_command)
 
 

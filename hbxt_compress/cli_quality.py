@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from hbxt_compress.errors import QualityGateFailed, QualityUndecided, UsageError
 from hbxt_compress.ranks import Ranks
 
-__all__ = ["accept", "compare", "evaluate", "results"]
+__all__ = ["accept", "bisect", "compare", "evaluate", "results"]
 
+_SMALL: Final = 1_000_000_000  # bytes of an artifact whose parts are looked at without being asked
 _path = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -27,6 +29,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
     help="File that `hbxt accept` wrote, or none; default: eval/baselines/<recipe>@<suite>.json.",
 )
 @click.option(
+    "--bisect/--no-bisect",
+    "wants_parts",
+    default=None,
+    help="If it fails, find where the error enters; default: of artifacts below 1 GB.",
+)
+@click.option(
     "--store", type=_path, default=Path(".hbxt"), envvar="HBXT_STORE", help="Folder of results."
 )
 @click.option("--device", default="cpu", help="torch device that computes: cpu, or cuda (ROCm).")
@@ -35,7 +43,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 @click.pass_obj
 def evaluate(
     ranks: Ranks, artifact: Path, suite_name: str | None, model: str | None, out: Path | None,
-    baseline_name: str | None, store: Path, device: str, threads: int | None, as_json: bool,
+    baseline_name: str | None, wants_parts: bool | None, store: Path, device: str,
+    threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what ARTIFACT lost.
 
@@ -44,7 +53,7 @@ def evaluate(
     broken, it is worse than the baseline, or clips fail as no good ones do; 4: it could not be
     decided. The report folder also holds junit.xml and summary.md for CI.
     """
-    from hbxt_compress import evaluation, show
+    from hbxt_compress import bisection, evaluation, show_quality
     from hbxt_compress.artifact import Artifact
     from hbxt_compress.baseline import find_baseline
     from hbxt_compress.machine import Machine
@@ -60,13 +69,54 @@ def evaluate(
         artifact, suite, Store(store, ranks), model=model, out=out, machine=machine,
         baseline=baseline,
     )  # fmt: skip
-    show.report(report, out, as_json)
+    show_quality.report(report, out, as_json)
+    if wants_parts is None:
+        wants_parts = report.bytes_after < _SMALL
+    where = ""
+    if report.outcome == "fail" and wants_parts and not any(c.problems for c in report.clips):
+        parts = bisection.bisect(artifact, suite, Store(store, ranks), machine=machine, model=model)
+        where = f" {parts.text}"
+        if not as_json:
+            show_quality.bisection(parts, as_json)
+        if out is not None and ranks.leads:
+            (out / "bisection.json").write_text(json.dumps(parts.to_json(), indent=1) + "\n")
     if ranks.leads:
-        tell_github(report)
+        tell_github(report, where)
     if report.outcome == "fail":
-        raise QualityGateFailed(f"quality: {report.conclusion}")
+        raise QualityGateFailed(f"quality: {report.conclusion}{where}")
     if report.outcome == "undecided":
         raise QualityUndecided(f"quality: {report.conclusion}")
+
+
+@click.command()
+@click.argument("artifact", type=_path)
+@click.option("--suite", "suite_name", help="Name or file; default: what the recipe promises on.")
+@click.option("--model", help="Full-precision model, if it has moved.")
+@click.option("--clips", "n_clips", type=click.IntRange(min=1), default=4, help="How many tell.")
+@click.option(
+    "--store", type=_path, default=Path(".hbxt"), envvar="HBXT_STORE", help="Folder of results."
+)
+@_json
+def bisect(
+    artifact: Path, suite_name: str | None, model: str | None, n_clips: int, store: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Find where the error of ARTIFACT's clips enters.
+
+    Each component and each transformer block is put back into full precision alone, and what that
+    gains on some clips is measured. Blocks need the store that the artifact was made in.
+    """
+    from hbxt_compress import show_quality
+    from hbxt_compress.artifact import Artifact
+    from hbxt_compress.bisection import bisect as bisected
+    from hbxt_compress.machine import Machine
+    from hbxt_compress.store import Store
+    from hbxt_compress.suite import load_suite
+
+    recipe = Artifact.open(artifact, verify=True).manifest.recipe
+    suite = load_suite(suite_name or _promised_suite(recipe))
+    found = bisected(artifact, suite, Store(store), machine=Machine(), model=model, n_clips=n_clips)
+    show_quality.bisection(found, as_json)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.baseline import Accepted
-from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.errors import SourceError, UsageError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.pipeline import artifact_of, located, published, student_of
 from hbxt_compress.recipe import distillers, load_recipe
@@ -21,9 +21,9 @@ from hbxt_compress.stages.sample import sample
 from hbxt_compress.store import Store
 from hbxt_compress.suite import Suite
 
-__all__ = ["evaluate"]
+__all__ = ["REFERENCE", "evaluate", "sources_of", "steps_of"]
 
-_REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
+REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
 
 
 def evaluate(
@@ -40,15 +40,19 @@ def evaluate(
 
     A student's sets of clips are also measured against those of the model it was distilled from.
     baseline: where it lies and what it says; clips must not be worse than those were.
+
+    Raises:
+        UsageError: the artifact is the full-precision one under another name.
     """
     candidate = Artifact.open(artifact)
-    sources = _sources_of(candidate, model, store, machine)
-    size, precise = candidate.manifest.geometry, load_recipe(_REFERENCE)
+    sources = sources_of(candidate, model, store, machine)
+    size, precise = candidate.manifest.geometry, load_recipe(REFERENCE)
     made = [artifact_of(precise, source, store, machine, (size,)) for source in sources]
     exact = Artifact.open(made[-1].folder)
+    _refuse_itself(candidate, exact)
     clips = [
         store.result(
-            sample, artifact=one, items=suite.items(), n_steps=_steps(one, suite), on=machine
+            sample, artifact=one, items=suite.items(), n_steps=steps_of(one, suite), on=machine
         )
         for one in (candidate, *(Artifact.open(entry.folder) for entry in made))
     ]
@@ -65,6 +69,19 @@ def evaluate(
         **({"original": clips[1]} if len(made) > 1 else {}),
     )
     return QualityReport.load(published(store, entry, out, mark="report.json"))
+
+
+def _refuse_itself(candidate: Artifact, exact: Artifact) -> None:
+    """Full precision measured against itself must be meant: then its recipe is called so."""
+    sides = [
+        {(r.path, r.sha256) for r in one.manifest.files if r.path.count("/") == 1}
+        for one in (candidate, exact)
+    ]
+    if sides[0] == sides[1] and candidate.manifest.recipe.get("name") != REFERENCE:
+        raise UsageError(
+            f"{candidate.folder}: every graph and weight is byte for byte the full-precision "
+            "export's, so there is nothing to measure; was the right folder given?"
+        )
 
 
 def _controls(
@@ -93,18 +110,18 @@ def _controls(
         else:
             told["clips"] = store.result(
                 sample, artifact=one, items=suite.control_items(other_seeds=name == "seed"),
-                n_steps=_steps(one, suite), on=machine, **asked,
+                n_steps=steps_of(one, suite), on=machine, **asked,
             )  # fmt: skip
         found.append(told)
     return found
 
 
-def _steps(artifact: Artifact, suite: Suite) -> int | None:
+def steps_of(artifact: Artifact, suite: Suite) -> int | None:
     """Denoising steps of a suite's clips: what it says, or what a student was distilled for."""
     return None if artifact.manifest.sampler.levels else suite.n_steps
 
 
-def _sources_of(
+def sources_of(
     artifact: Artifact, model: str | None, store: Store, machine: Machine
 ) -> tuple[Source, ...]:
     """The full-precision model an artifact was made from, checked to be the very same bytes.

@@ -55,8 +55,11 @@ __all__ = [
     "foresee",
     "located",
     "plan",
+    "plan_of",
     "published",
+    "ranges_of",
     "require_room_for",
+    "rounded_of",
     "status",
     "student_of",
     "training",
@@ -74,7 +77,7 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     found = locate(model, hashed=False)
     if recipe.budget is None:
         with as_if_lightened(found, recipe.decoder) as student:
-            return _plan(recipe, student, store, machine)
+            return plan_of(recipe, student, store, machine)
     source = located(model, store)
     try:
         student = student_of(recipe.distill, recipe.decoder, source, store.peek(), Machine())
@@ -82,7 +85,7 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
         log.warning("plan: the student is not made yet; its budget's smallest formats are assumed")
         with as_if_lightened(found, recipe.decoder) as student:
             return _assumed(recipe, student)
-    return _plan(recipe, student, store, machine)
+    return plan_of(recipe, student, store, machine)
 
 
 def foresee(
@@ -170,7 +173,8 @@ def published(store: Store, entry: Entry, out: Path | None, *, mark: str) -> Pat
     return store.ranks.by_first(lambda: publish(entry, out, mark=mark))
 
 
-def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Plan:
+def plan_of(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Plan:
+    """The plan of a recipe for a source; what its budget needs to know is measured."""
     family = family_of(source)
     layers, parameters = family.layers(source), family.parameters(source)
     if recipe.budget is None:
@@ -236,7 +240,18 @@ def artifact_of(
 ) -> Entry:
     """What a recipe makes of a source, its student already made."""
     family_of(source).buckets(source, clips)  # a size that it cannot take is refused at once
-    planned = _plan(recipe, source, store, machine)
+    planned = plan_of(recipe, source, store, machine)
+    return store.result(
+        export, source=source, model=source.model, plan=planned,
+        rounded=rounded_of(recipe, planned, source, store, machine), recipe=recipe,
+        clips=tuple(clips), ranges=ranges_of(recipe, planned, source, store, machine),
+    )  # fmt: skip
+
+
+def rounded_of(
+    recipe: Recipe, planned: Plan, source: Source, store: Store, machine: Machine
+) -> Entry | None:
+    """The weights that a plan quantizes, rounded and tuned; None if it quantizes none."""
     rounded, shown, learned = None, {}, {}
     if planned.calibrated or planned.refine:
         prompts = load_prompts(recipe.calibration)
@@ -256,13 +271,10 @@ def artifact_of(
         rounded = store.result(
             refine, source=source, quantized=rounded, how=planned.refine, **shown, on=machine
         )
-    return store.result(
-        export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe,
-        clips=tuple(clips), ranges=_ranges(recipe, planned, source, store, machine),
-    )  # fmt: skip
+    return rounded
 
 
-def _ranges(
+def ranges_of(
     recipe: Recipe, planned: Plan, source: Source, store: Store, machine: Machine
 ) -> Mapping[str, Entry]:
     """How large a component's numbers get, where it computes in float16 and that is in doubt."""

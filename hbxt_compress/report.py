@@ -77,7 +77,9 @@ class Verdict:
 class Finding:
     """What a failure detector says: see hbxt_compress/metrics/failures.
 
-    value: mean signal over clips, 0 for as the reference; clips: those that show it by themselves.
+    value: the mean signal over the n clips that can tell, in `unit`, 0 for as the reference; None
+    where none can. interval: 95 %, bootstrap over clips. clips: those that fail alone, by place.
+    n_needed: of "undecided", how many clips would decide it if the next are like these.
     """
 
     failure: str
@@ -86,6 +88,7 @@ class Finding:
     interval: tuple[float, float] | None
     tolerance: float
     unit: str
+    n: int
     clips: tuple[int, ...]
     n_needed: int | None
     text: str

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, Field, field_validator
 
 from hbxt_compress import library
+from hbxt_compress.errors import RecipeError
 from hbxt_compress.metrics import METRICS
 from hbxt_compress.prompts import Name, PromptText, seed_of
 from hbxt_compress.strict import Settings, did_you_mean, load
@@ -25,8 +26,13 @@ def _known(name: str) -> str:
 
 
 def _control(name: str) -> str:
-    if name not in DISTURBANCES:
+    if name in DISTURBANCES:
+        return name
+    try:
         library.find("recipes", name)
+    except RecipeError as error:
+        known = ", ".join(DISTURBANCES)
+        raise ValueError(f"{error}; or a disturbance: {known}") from error
     return name
 
 

@@ -70,6 +70,7 @@ ROWS = (
     {"costs"},
     {"pipeline"},
     {"smoke", "evaluation", "comparing"},
+    {"bisection"},
     {"show", "progress", "stopping", "doctor"},
     {"show_fit", "show_quality", "show_training"},
     {"ending", "film", "cli_import", "cli_quality", "cli_recipes"},
@@ -106,7 +107,7 @@ RUNTIME_MAY_USE = {
 # library -> the only places that may import it
 HOMES = {
     "click": {"cli", "cli_import", "cli_quality", "cli_recipes", "ending"},
-    "rich": {"show", "progress"},
+    "rich": {"show", "show_quality", "progress"},
     "pydantic": {"strict", "recipe", "profile", "suite", "prompts", "algorithms", "store", "graph"},
     "pydantic_core": {"strict"},
     "yaml": {"yaml_text"},

@@ -5,7 +5,7 @@ The unit of resampling is the clip (one prompt and seed), never the frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Literal
 

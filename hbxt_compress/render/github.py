@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hbxt_compress.render.markdown import escaped
-from hbxt_compress.render.table import number, size
+from hbxt_compress.render.table import control_rows, size
 from hbxt_compress.report import QualityReport
 
 __all__ = ["commands", "summary", "tell_github", "write_summary"]
@@ -42,14 +42,15 @@ def summary(report: QualityReport) -> str:
         ]
         lines.append("")
     if report.controls:
-        names = [m.metric for m in report.measurements if m.per_clip and m.family == "fidelity"]
-        head = ["to read it by", *map(escaped, names)]
-        lines += ["| " + " | ".join(head) + " |", "| --- |" + " --: |" * len(names)]
-        lines += [_row(name, [m.value for m in report.measurements if m.metric in names])]
-        for one in report.controls:
-            means = [sum(v) / len(v) if (v := one.values.get(n)) else None for n in names]
-            note = f", {escaped(one.note)}" if one.note else ""
-            lines.append(_row(f"{escaped(one.name)} ({one.kind}{note})", means))
+        head, rows = control_rows(report)
+        lines += [
+            "| " + " | ".join(map(escaped, head)) + " |",
+            "| --- |" + " --: |" * (len(head) - 1),
+        ]
+        lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
+        lines += [
+            f"\n{escaped(one.name)}: {escaped(one.note)}" for one in report.controls if one.note
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -75,20 +76,22 @@ def commands(report: QualityReport) -> list[str]:
     ]
 
 
-def tell_github(report: QualityReport, environment: Mapping[str, str] | None = None) -> None:
-    """Inside a GitHub workflow: prints annotations, adds to the step's summary. Else nothing."""
+def tell_github(
+    report: QualityReport, where: str = "", environment: Mapping[str, str] | None = None
+) -> None:
+    """Inside a GitHub workflow: prints annotations, adds to the step's summary. Else nothing.
+
+    where: the error enters, in a sentence.
+    """
     given = os.environ if environment is None else environment
     if given.get("GITHUB_ACTIONS") != "true":
         return
-    for line in commands(report):
+    more = [f"::error title=where the error enters::{_data(where.strip())}"] if where else []
+    for line in [*commands(report), *more]:
         sys.stdout.write(line + "\n")
     if path := given.get("GITHUB_STEP_SUMMARY"):
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(summary(report) + "\n")
-
-
-def _row(name: str, values: list[float | None]) -> str:
-    return f"| {name} | " + " | ".join(number(value) for value in values) + " |"
+            file.write(summary(report) + (f"{escaped(where.strip())}\n" if where else "") + "\n")
 
 
 def _data(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from hbxt_compress.report import Finding, QualityReport
+from hbxt_compress.report import Finding, QualityReport, Verdict
 
 __all__ = ["MARKS", "Decision", "baseline_lines", "decisions", "findings", "undecided_line"]
 
@@ -47,7 +47,8 @@ def findings(report: QualityReport) -> list[Finding]:
 
 def undecided_line(report: QualityReport) -> str:
     """How many clips would decide what is undecided, in a sentence; nothing if all is decided."""
-    open_ = [one for one in (*report.verdicts, *report.findings) if one.outcome == "undecided"]
+    told: list[Verdict | Finding] = [*report.verdicts, *report.findings]
+    open_ = [one for one in told if one.outcome == "undecided"]
     needed = [one.n_needed for one in open_ if one.n_needed is not None]
     if not open_:
         return ""

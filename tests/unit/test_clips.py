@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -220,3 +221,17 @@ def test_healthy_clips():
 def test_unhealthy_clips(frames, finding):
     (found,) = health(frames)
     assert finding in found
+
+
+def test_clips_of_a_folder_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    frames = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    made = [Clip(frames=frames + i, prompt=f"p{i}", seed=i, fps=8.0) for i in range(3)]
+    ClipSet(clips=tuple(made)).save(tmp_path)
+    found = ClipSet.load(tmp_path).clips
+    assert len(found) == 3
+    assert [one.prompt for one in found[1:]] == ["p1", "p2"]
+    assert found[-1].sha256 == made[-1].sha256
+    (tmp_path / ClipSet.file_name(1)).unlink()
+    assert found[0].seed == 0
+    with pytest.raises(StoreError, match=r"0001\.safetensors"):
+        found[1]

@@ -73,6 +73,7 @@ def _report() -> QualityReport:
                 interval=(-0.12, 0.01),
                 tolerance=0.04,
                 unit="%",
+                n=8,
                 clips=(1,),
                 n_needed=40,
                 text="perhaps slower",
