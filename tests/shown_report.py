@@ -133,11 +133,11 @@ def shown_report(
     findings = (
         Finding(
             failure="colour_shift", outcome="pass", value=0.4, interval=(0.1, 0.7), tolerance=3.0,
-            unit="dE", clips=(), n_needed=None, text="means of colour stay",
+            unit="dE", n=n, clips=(), n_needed=None, text="means of colour stay",
         ),
         Finding(
             failure="frozen_frames", outcome="undecided", value=0.1, interval=(-0.1, 0.3),
-            tolerance=0.2, unit="", clips=(min(3, n - 1), n - 1), n_needed=40,
+            tolerance=0.2, unit="", n=n - 1, clips=(min(3, n - 1), n - 1), n_needed=40,
             text=f"some clips move less {NASTY}",
         ),
     )  # fmt: skip

@@ -14,7 +14,10 @@ from hbxt_compress.render.pictures import Sheet, poster, sheet
 from hbxt_compress.render.table import number
 from hbxt_compress.report import ClipRecord, QualityReport
 
-__all__ = ["SPARKS", "Card", "cards", "worst_first"]
+__all__ = ["N_OPEN", "SPARKS", "Card", "cards", "worst_first"]
+
+N_OPEN = 5  # clips that are shown at once; the others wait until they are asked for
+
 
 # curve -> its y axis, what its x axis counts, whether the player's cursor runs along it
 SPARKS = {
@@ -58,13 +61,14 @@ def cards(
 ) -> list[Card]:
     """Cards of as many clips as fit into most_bytes of pictures, worst first.
 
-    Lossless if then all of them fit, else compressed.
+    Lossless are all, or only those that are shown at once, or none: whatever lets all of them fit.
     """
     found: list[Card] = []
-    for lossless in (True, False):
+    for n_lossless in (report.n_clips, N_OPEN, 0):
         found, n_bytes = [], 0
-        for i in worst_first(report):
-            card = _card(report, i, (reference[i], candidate[i]), lossless)
+        for place, i in enumerate(worst_first(report)):
+            lossless = place < n_lossless
+            card = _card(report, i, (reference[i], candidate[i]), lossless=lossless)
             n_bytes += len(card.poster) + sum(len(one.uri) for one in card.sheets)
             if n_bytes > most_bytes:
                 break
@@ -74,7 +78,7 @@ def cards(
     return found
 
 
-def _card(report: QualityReport, i: int, pair: tuple[Clip, Clip], lossless: bool) -> Card:
+def _card(report: QualityReport, i: int, pair: tuple[Clip, Clip], *, lossless: bool) -> Card:
     record = report.clips[i]
     a, b = (sheet(clip.frames, lossless=lossless) for clip in pair)
     frames = record.curves.get("psnr/frame", ())

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from hbxt_compress.clips import Clip
-from hbxt_compress.render.cards import SPARKS, cards, worst_first
+from hbxt_compress.render.cards import N_OPEN, SPARKS, cards, worst_first
 from hbxt_compress.render.charts import bar_chart, line_chart
 from hbxt_compress.render.heatmap import heat_map
 from hbxt_compress.render.jinja import environment
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 MOST_BYTES = 15_000_000
 _MOST_PICTURE_BYTES = 12_000_000
-_N_OPEN = 5  # clips that are shown at once; the others wait until they are asked for
 _BAND = (10, 90)
 
 
@@ -70,8 +69,8 @@ def page(report: QualityReport, reference: Sequence[Clip], candidate: Sequence[C
         curves=_curves(report),
         heat=heat_map(report.layers),
         layers=sorted(report.layers, key=lambda layer: -_error(layer)),
-        open_cards=shown[:_N_OPEN],
-        more_cards=shown[_N_OPEN:],
+        open_cards=shown[:N_OPEN],
+        more_cards=shown[N_OPEN:],
         scores=_scores(report),
         n_left_out=report.n_clips - len(shown),
         lossless=all(one.lossless for card in shown for one in card.sheets),

@@ -21,7 +21,7 @@ def _verdict(outcome: str, n_needed: int | None = None, against: str = "promise"
 def _finding(outcome: str, n_needed: int | None = None) -> Finding:
     return Finding(
         failure="frozen_frames", outcome=outcome, value=0.1, interval=None,  # type: ignore[arg-type]
-        tolerance=0.2, unit="", clips=(1,), n_needed=n_needed, text="t",
+        tolerance=0.2, unit="", n=8, clips=(1,), n_needed=n_needed, text="t",
     )  # fmt: skip
 
 
