@@ -26,7 +26,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -61,6 +61,12 @@ generate: $(VENV)/installed ## a clip of PROMPT with the compressed model: build
 
 recipes: $(VENV)/installed ## list the recipes
 	$(HBXT) recipes
+
+browser: $(VENV)/installed ## a Chromium for the tests of pages, if one can be had: Debian's, or Playwright's
+	@command -v chromium >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } \
+		|| $(BIN)/python -m playwright install --with-deps chromium </dev/null \
+		|| echo "no Chromium can be had here, tests/browser will be skipped"
 
 test: $(VENV)/installed ## run every test
 	$(BIN)/python -m pytest

@@ -65,8 +65,12 @@ class Comparison:
     reports: tuple[Compared, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values, each difference with its word."""
+        reports = [
+            asdict(one) | {"differences": [asdict(d) | {"word": d.word} for d in one.differences]}
+            for one in self.reports
+        ]
+        return asdict(self) | {"reports": reports}
 
 
 def compare_reports(reports: Sequence[QualityReport], seed: int = 0) -> Comparison:
