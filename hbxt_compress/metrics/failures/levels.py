@@ -1,0 +1,246 @@
+"""Failures of values: nothing there, all one colour, other levels, channels or signs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from types import MappingProxyType
+
+import numpy as np
+
+from hbxt_compress.clips import Clip
+from hbxt_compress.metrics.failures.miniature import block_means, luminance
+
+__all__ = [
+    "BLACK",
+    "BLUE_SHIFT",
+    "CONSTANT",
+    "CONTRAST",
+    "GREEN_SHIFT",
+    "INVERTED",
+    "NON_FINITE",
+    "RED_SHIFT",
+    "SATURATION",
+    "SWAPPED_CHANNELS",
+    "UINT8_WRAP",
+    "Black",
+    "ColourShift",
+    "Constant",
+    "Contrast",
+    "NonFinite",
+    "Remapped",
+    "Saturation",
+    "Uint8Wrap",
+]
+
+_BLACK = 4.0  # of 255: the brightest block of a frame that people call black
+_FLAT = 3.0  # of 255: spread of the blocks of a frame that shows one colour
+_BLOCK = 4  # pixels; means over blocks are what noise leaves alone
+
+
+def _share(wrong: np.ndarray, right: np.ndarray) -> float:
+    return float(100 * (np.mean(wrong) - np.mean(right)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Black:
+    """Frames without light, which the reference has."""
+
+    name: str = "black"
+    meaning: str = "frames are black"
+    unit: str = "% of frames"
+    tolerance: float = 2.0
+    alarm: float | None = 5.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """Percent of frames, the candidate's less the reference's, -100..100."""
+        return _share(*(self._black(clip) for clip in (candidate, reference)))
+
+    def _black(self, clip: Clip) -> np.ndarray:
+        return block_means(clip.frames, _BLOCK).max(axis=(1, 2, 3)) <= _BLACK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant:
+    """Frames of one flat colour, black included."""
+
+    name: str = "constant"
+    meaning: str = "frames show one flat colour"
+    unit: str = "% of frames"
+    tolerance: float = 2.0
+    alarm: float | None = 5.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """Percent of frames, the candidate's less the reference's, -100..100."""
+        return _share(*(self._flat(clip) for clip in (candidate, reference)))
+
+    def _flat(self, clip: Clip) -> np.ndarray:
+        return np.ptp(block_means(clip.frames, _BLOCK), axis=(1, 2)).max(axis=-1) <= _FLAT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonFinite:
+    """Latents that are NaN or infinite; frames are 8 bit and cannot be."""
+
+    name: str = "non_finite"
+    meaning: str = "latents are not finite numbers"
+    unit: str = "% of values"
+    tolerance: float = 0.0
+    alarm: float | None = 0.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """Percent of latents, the candidate's less the reference's; None without latents."""
+        if reference.latents is None or candidate.latents is None:
+            return None
+        return _share(~np.isfinite(candidate.latents), ~np.isfinite(reference.latents))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColourShift:
+    """The mean level of one channel, where the reference is far enough from both ends to move."""
+
+    name: str
+    channel: int
+    meaning: str
+    unit: str = "levels of 255"
+    tolerance: float = 2.0
+    alarm: float | None = 20.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """Levels by which the candidate is brighter; None where 99 % of the reference is clipped."""
+        right, wrong = (clip.frames[..., self.channel] for clip in (reference, candidate))
+        free = (right >= 6) & (right <= 249)
+        n_free = np.count_nonzero(free)
+        if n_free < 0.01 * right.size:
+            return None
+        both = (np.sum(side, where=free, dtype=np.int64) for side in (wrong, right))
+        return float((next(both) - next(both)) / n_free)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """The spread of brightness over a frame."""
+
+    name: str = "contrast"
+    meaning: str = "contrast differs from the reference's"
+    unit: str = "%"
+    tolerance: float = 5.0
+    alarm: float | None = 50.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """100 * (standard deviation / reference's - 1); None for a reference of one brightness."""
+        right, wrong = (
+            float(np.mean(luminance(block_means(clip.frames, _BLOCK)).std(axis=(1, 2))))
+            for clip in (reference, candidate)
+        )
+        return 100 * (wrong / right - 1) if right >= _FLAT else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saturation:
+    """How far colours are from grey."""
+
+    name: str = "saturation"
+    meaning: str = "colours are paler or stronger than the reference's"
+    unit: str = "%"
+    tolerance: float = 8.0
+    alarm: float | None = 60.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """100 * (distance from grey / reference's - 1); None for a grey reference."""
+        right, wrong = (self._colour(clip) for clip in (reference, candidate))
+        return 100 * (wrong / right - 1) if right >= _FLAT else None
+
+    def _colour(self, clip: Clip) -> float:
+        small = block_means(clip.frames, _BLOCK)
+        away = small - small.mean(axis=-1, keepdims=True)
+        return float(np.sqrt(np.mean(away**2)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remapped:
+    """How much of the error goes away when the channels are put back by one of some maps.
+
+    maps: name -> (order of the channels, sign); sign -1 is 255 - value.
+    """
+
+    name: str
+    meaning: str
+    maps: Mapping[str, tuple[tuple[int, int, int], int]]
+    unit: str = "% of the error"
+    tolerance: float = 15.0
+    alarm: float | None = 60.0
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """Percent, 0..100; None where every map leaves the reference nearly as it is."""
+        right, wrong = (block_means(clip.frames, _BLOCK) for clip in (reference, candidate))
+        error = float(np.mean((wrong - right) ** 2))
+        left = []
+        for order, sign in self.maps.values():
+            mapped = right[..., order] if sign > 0 else 255 - right[..., order]
+            if float(np.mean((mapped - right) ** 2)) > 100:
+                left.append(float(np.mean((wrong - mapped) ** 2)))
+        if not left:
+            return None
+        return 100 * (1 - min(left) / error) if min(left) < error else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uint8Wrap:
+    """Small dark spots in bright places, or the reverse, where 256 off is near the reference."""
+
+    name: str = "uint8_wrap"
+    meaning: str = "values overflowed from white to black or back"
+    unit: str = "% of values"
+    tolerance: float = 0.02
+    alarm: float | None = 0.03
+
+    def signal(self, reference: Clip, candidate: Clip) -> float | None:
+        """Percent of values, 0..100."""
+        dark = (reference.frames > 170) & (candidate.frames < reference.frames - 170)
+        bright = (reference.frames < 86) & (candidate.frames > reference.frames + np.uint8(170))
+        if not (dark.any() or bright.any()):
+            return 0.0
+        dark &= _closed(candidate.frames) > 170
+        bright &= ~_closed(~candidate.frames) < 86
+        return float(100 * np.mean(dark | bright))
+
+
+def _closed(frames: np.ndarray) -> np.ndarray:
+    """Frames T H W 3 with dark spots less than 7 pixels wide filled."""
+    return ~_widest(~_widest(frames))
+
+
+def _widest(frames: np.ndarray) -> np.ndarray:
+    """The greatest value of the 7 x 7 pixels about each."""
+    for axis in (1, 2):
+        width = [(0, 0)] * 4
+        width[axis] = (3, 3)
+        found = np.moveaxis(np.pad(frames, width, mode="edge"), axis, 0)
+        for by in (1, 2, 3):  # 2, then 4, then 7 pixels in a row
+            found = np.maximum(found[:-by], found[by:])
+        frames = np.moveaxis(found, 0, axis)
+    return frames
+
+
+BLACK = Black()
+CONSTANT = Constant()
+NON_FINITE = NonFinite()
+RED_SHIFT = ColourShift(name="red_shift", channel=0, meaning="red is brighter or darker")
+GREEN_SHIFT = ColourShift(name="green_shift", channel=1, meaning="green is brighter or darker")
+BLUE_SHIFT = ColourShift(name="blue_shift", channel=2, meaning="blue is brighter or darker")
+CONTRAST = Contrast()
+SATURATION = Saturation()
+_ORDERS = {"".join("RGB"[c] for c in order): (order, 1) for order in permutations(range(3))}
+SWAPPED_CHANNELS = Remapped(
+    name="swapped_channels",
+    meaning="colour channels are swapped",
+    maps=MappingProxyType({name: one for name, one in _ORDERS.items() if name != "RGB"}),
+)
+INVERTED = Remapped(
+    name="inverted",
+    meaning="colours are inverted",
+    maps=MappingProxyType({"255 - RGB": ((0, 1, 2), -1)}),
+)
+UINT8_WRAP = Uint8Wrap()
