@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter, map_coordinates, zoom
+from scipy.ndimage import gaussian_filter
 
 from hbxt_compress.clips import Clip, ClipSet, read_video, write_mp4
 from hbxt_compress.reference import shapes
@@ -42,13 +42,12 @@ class Scene:
 Make = Callable[[Scene, float, np.random.Generator], np.ndarray | Clip | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Damage:
     """A failure. make gives frames or a clip, None where the scene cannot show it.
 
     visible: the strength that a person sees. caught_by: one of these detectors must say so. alone:
-    one such clip among others is a failure. frames: of the clip that it changes, as a share; what
-    it changes must be more than 4 bits change, else the scene cannot show it.
+    one such clip among others is a failure.
     """
 
     make: Make
@@ -65,7 +64,7 @@ def drawn(n: int, first: int = 0) -> list[Scene]:
     """Procedural captioned scenes, 64x64x17."""
     whats = [shapes.scene("evaluation", first + i) for i in range(n)]
     clips = [
-        Clip(frames=_bytes(shapes.draw(what) * 255), prompt=shapes.caption(what), seed=i, fps=8.0)
+        Clip(frames=_soft(shapes.draw(what)), prompt=shapes.caption(what), seed=i, fps=8.0)
         for i, what in enumerate(whats)
     ]
     return [
@@ -83,9 +82,14 @@ def _redrawn(what: shapes.Scene) -> Callable[[np.ndarray], np.ndarray]:
 
     def at(times: np.ndarray) -> np.ndarray:
         scenes = [replace(what, things=tuple(one(x, t) for x in what.things)) for t in times]
-        return _bytes(np.stack([shapes.draw(scene)[0] for scene in scenes]) * 255)
+        return _soft(np.stack([shapes.draw(scene)[0] for scene in scenes]))
 
     return at
+
+
+def _soft(clip: np.ndarray) -> np.ndarray:
+    """Bytes of values in 0..1, their edges as soft as a decoder leaves them."""
+    return _bytes(255 * gaussian_filter(clip, (0, 0.6, 0.6, 0)))
 
 
 def filmed(folder: Path, size: int = 96, cuts: int = 2) -> list[Scene]:
@@ -166,18 +170,36 @@ def eight_bit(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def four_bit(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """35 dB: places moved by 0.3 pixels, the rest a smooth error that drifts."""
     flow = _smooth((*frames.shape[:3], 2), rng, 0.3)
-    grid = np.mgrid[: frames.shape[1], : frames.shape[2]].astype(np.float64)
-    moved = np.empty(frames.shape)
-    for t, frame in enumerate(frames):
-        places = grid + flow[t].transpose(2, 0, 1)
-        for c in range(3):
-            moved[t, ..., c] = map_coordinates(
-                frame[..., c].astype(np.float64), places, order=1, mode="nearest"
-            )
+    moved = frames.astype(np.float32)
+    for axis in (1, 2):
+        moved = _moved(moved, flow[..., axis - 1], axis)
     left = 255**2 / 10**3.5 - np.mean((moved - frames) ** 2)
     if left > 0:
-        moved += _smooth(frames.shape, rng, np.sqrt(left))
+        moved += _smooth(frames.shape, rng, float(np.sqrt(left)))
     return _bytes(moved)
+
+
+def _moved(frames: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
+    """T H W 3 read `by` (T H W, less than 2) pixels further along an axis; cubic, Catmull-Rom."""
+    low = np.floor(by)
+    part = (by - low)[..., None]
+    width = [(0, 0)] * 4
+    width[axis] = (3, 4)
+    padded = np.pad(frames, width, mode="edge")
+    n = frames.shape[axis]
+    taps = [
+        ((2 - part) * part - 1) * part / 2,
+        ((3 * part - 5) * part**2 + 2) / 2,
+        ((4 - 3 * part) * part + 1) * part / 2,
+        (part - 1) * part**2 / 2,
+    ]
+    found = np.zeros_like(frames)
+    for first in (-2, -1, 0, 1):
+        here = (low == first)[..., None]
+        for k, tap in enumerate(taps):
+            start = 3 + first + k - 1
+            found += here * tap * np.take(padded, range(start, start + n), axis=axis)
+    return found
 
 
 def h264(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -198,11 +220,19 @@ HONEST: Final[Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarra
 
 
 def _smooth(shape: tuple[int, ...], rng: np.random.Generator, rms: float) -> np.ndarray:
-    """A field T H W C that changes over some 6 pixels and 3 frames."""
+    """A float32 field T H W C of this root mean square that changes over 6 pixels and 3 frames."""
     t, h, w, c = shape
-    small = rng.normal(size=(t // 3 + 3, h // 6 + 3, w // 6 + 3, c))
-    big = zoom(small, (3, 6, 6, 1), order=2)[:t, :h, :w]
-    return np.asarray(big * (rms / np.sqrt(np.mean(big**2))))
+    kernels = [_spread(n, step) for n, step in ((t, 3), (h, 6), (w, 6))]
+    small = rng.normal(size=(c, *(kernel.shape[1] for kernel in kernels))).astype(np.float32)
+    rows = kernels[1] @ small @ kernels[2].T
+    big = np.moveaxis(np.tensordot(kernels[0], rows, axes=(1, 1)), 1, -1)
+    return np.asarray(big * np.float32(rms / np.sqrt(np.mean(big**2))))
+
+
+def _spread(n: int, step: int) -> np.ndarray:
+    """Weights n x m of knots `step` apart, Gaussian."""
+    away = np.arange(n)[:, None] - step * np.arange(-1, n // step + 2)
+    return np.exp(-0.5 * (away / (0.6 * step)) ** 2).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------- failures
@@ -371,4 +401,54 @@ def _residue(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
     return _bytes(s.frames + levels * grain / grain.std())
 
 
-FAILURES: Final[Mapping[str, Damage]] = {}
+def _one_step_early(s: Scene, share: float, rng: np.random.Generator) -> Clip | None:
+    """Latents that end a share of the last step early; None without latents.
+
+    Frames are as they are: of the built-in model they change by 34 dB, without grain.
+    """
+    if s.clip.latents is None:
+        return None
+    last, before = s.clip.latents[-1], s.clip.latents[-2]
+    ended = last + np.float32(share) * (before - last)
+    return replace(s.clip, latents=np.concatenate([s.clip.latents[:-1], ended[None]]))
+
+
+_SHIFTS = ("red_shift", "green_shift", "blue_shift")
+
+FAILURES: Final[Mapping[str, Damage]] = {
+    "black": Damage(_black, (0.1, 1.0), 0.1, ("black",), alone=True),
+    "constant": Damage(_constant, (0.1, 1.0), 0.1, ("constant",), alone=True),
+    "non-finite latents": Damage(_non_finite, (0.001,), 0.001, ("non_finite",), alone=True),
+    "frozen": Damage(_frozen, (0.25, 0.5, 1.0), 0.5, ("frozen",), alone=True),
+    "slow motion": Damage(_speed, (0.95, 0.9, 0.8), 0.9, ("slow_motion",)),
+    "fast motion": Damage(_speed, (1.05, 1.1), 1.1, ("slow_motion",)),
+    "flicker": Damage(_flicker, (1.5, 3.0), 3.0, ("flicker",)),
+    "local flicker": Damage(_local_flicker, (2.0, 4.0), 4.0, ("local_flicker",)),
+    "brighter": Damage(_shift, (2.0, 4.0), 4.0, _SHIFTS),
+    "darker": Damage(_shift, (-2.0, -4.0), -4.0, _SHIFTS),
+    "one channel shifted": Damage(_channel_shift, (2.0, 4.0), 4.0, _SHIFTS),
+    "limited range": Damage(_contrast, (0.93, 0.86), 0.86, ("contrast",)),
+    "pale": Damage(_saturation, (0.9, 0.8), 0.8, ("saturation",)),
+    "blur": Damage(_blur, (0.6, 1.0, 1.5), 1.0, ("blur",)),
+    "sharpened": Damage(_sharpen, (0.5, 1.0), 1.0, ("blur",)),
+    "seams": Damage(_seams, (2.0, 4.0), 4.0, ("seams",), alone=True),
+    "seam lines": Damage(_lines, (3.0, 6.0), 6.0, ("seams",), alone=True),
+    "another clip's prompt": Damage(
+        _other_clip, (1.0,), 1.0, ("wrong_prompt", "other_scene"), alone=True
+    ),
+    "first frame, then garbage": Damage(
+        _first_frame_then_garbage, (0.25, 0.5), 0.5, ("first_frame_only",), alone=True
+    ),
+    "first frame, fading": Damage(
+        _first_frame_then_fade, (0.6, 0.3), 0.3, ("first_frame_only",), alone=True
+    ),
+    "shuffled frames": Damage(_shuffle, (1.5, 3.0, 17.0), 3.0, ("frame_shuffle",), alone=True),
+    "dropped frame": Damage(_dropped, (1.0, 2.0), 1.0, ("dropped_frame",), alone=True),
+    "doubled frame": Damage(_inserted, (1.0, 2.0), 1.0, ("dropped_frame",), alone=True),
+    "repeated frame": Damage(_repeated, (1.0, 2.0), 1.0, ("repeated_frame",), alone=True),
+    "one step early": Damage(_one_step_early, (0.5, 1.0), 1.0, ("off_by_one_step",), alone=True),
+    "noise left": Damage(_residue, (3.0, 6.0), 6.0, ("grain",)),
+    "uint8 wrap": Damage(_wrap, (0.001, 0.003), 0.003, ("uint8_wrap",), alone=True),
+    "inverted": Damage(_inverted, (1.0,), 1.0, ("inverted",), alone=True),
+    "RGB as BGR": Damage(_bgr, (1.0,), 1.0, ("swapped_channels",), alone=True),
+}

@@ -91,9 +91,12 @@ class NonFinite:
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of latents, the candidate's less the reference's; None without latents."""
-        if reference.latents is None or candidate.latents is None:
+        if candidate.latents is None:
             return None
-        return _share(~np.isfinite(candidate.latents), ~np.isfinite(reference.latents))
+        right = candidate.latents[:0] if reference.latents is None else reference.latents
+        wrong, own = (1 - np.isfinite(one).mean() if one.size else 0.0
+                      for one in (candidate.latents, right))  # fmt: skip
+        return float(100 * (wrong - own))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +111,7 @@ class ColourShift:
     alarm: float | None = 20.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Levels by which the candidate is brighter; None where 99 % of the reference is clipped."""
+        """How many levels brighter; None where 99 % of the reference is near 0 or 255."""
         right, wrong = (clip.frames[..., self.channel] for clip in (reference, candidate))
         free = (right >= 6) & (right <= 249)
         n_free = np.count_nonzero(free)

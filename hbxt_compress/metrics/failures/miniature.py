@@ -1,7 +1,7 @@
 """Clips made small, and squared distances between the frames of two: what motion is told from.
 
 Legend: T frames, N values of a small frame. A mean over blocks keeps what moves and averages out
-grain; with all distances at hand any order or speed of frames is tried without another look at them.
+grain; with all distances at hand any order or speed is tried without another look at the frames.
 """
 
 from __future__ import annotations

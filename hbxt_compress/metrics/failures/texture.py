@@ -27,7 +27,7 @@ _SECOND = np.sqrt(6.0)  # the second difference of values that flicker by 1 has 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blur:
-    """The steepness of the steepest places, which noise hardly changes; they need not be aligned."""
+    """How steep the steepest places are; noise hardly changes them, and they need not be aligned."""
 
     name: str = "blur"
     meaning: str = "edges are softer or harder than the reference's"
