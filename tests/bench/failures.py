@@ -51,11 +51,16 @@ def seen(reference: np.ndarray, frames: np.ndarray) -> bool:
 
 
 def measured(
-    scenes: Sequence[Scene], damage: Damage | None, strength: float, kinds: Sequence[str]
+    scenes: Sequence[Scene],
+    damage: Damage | None,
+    strength: float,
+    kinds: Sequence[str],
+    names: Sequence[str] = tuple(FAILURES),
 ) -> tuple[Signals, list[bool]]:
     """Signals of every scene that shows the damage, and whether it is seen there.
 
     None as damage: the scenes as they are. kinds: of honest damage, one is drawn for each scene.
+    names: of detectors.
     """
     pairs, visible = [], []
     for i, scene in enumerate(scenes):
@@ -66,7 +71,7 @@ def measured(
         clip = made if isinstance(made, Clip) else replace(scene.clip, frames=made)
         visible.append(isinstance(made, Clip) or seen(scene.frames, clip.frames))
         pairs.append((scene.clip, honest(clip, kinds[rng.integers(len(kinds))], rng)))
-    return signals(pairs), visible
+    return {n: [FAILURES[n].signal(*pair) for pair in pairs] for n in names}, visible
 
 
 def _picked(pool: Signals, rows: Sequence[int]) -> Signals:
@@ -85,14 +90,17 @@ def _sets(pool: Signals, name: str, n_trials: int) -> Iterator[Signals]:
 
 
 def caught(
-    damaged: Signals, good: Signals, visible: Sequence[bool], damage: Damage, n_trials: int
+    damaged: Mapping[str, list[float | None]],
+    good: Mapping[str, list[float | None]],
+    visible: Sequence[bool],
+    damage: Damage,
+    n_trials: int,
 ) -> tuple[float, float | None]:
     """Percent of sets in which a detector that must says so: all damaged, and one of 16 damaged.
 
     The second is None for a failure that one clip does not make, or where none can be seen.
     """
-    names = [name for name in damage.caught_by if name in damaged]
-    damaged, good = ({n: pool[n] for n in names} for pool in (damaged, good))
+    damaged, good = ({n: pool[n] for n in damage.caught_by} for pool in (damaged, good))
     whole = [
         any(one.outcome == "fail" for one in find(chosen, trial))
         for trial, chosen in enumerate(_sets(damaged, "all", n_trials))
@@ -180,7 +188,10 @@ def main() -> None:
             continue
         for strength in damage.strengths:
             path = given.out / f"{name.replace(' ', '-')}-{strength:g}.json"
-            make = {"scenes": scenes, "damage": damage, "strength": strength, "kinds": kinds}
+            make = {
+                "scenes": scenes, "damage": damage, "strength": strength, "kinds": kinds,
+                "names": damage.caught_by,
+            }  # fmt: skip
             damaged, visible = _kept(path, make)
             if not visible:
                 continue
@@ -198,15 +209,16 @@ def main() -> None:
     alarms.append(("any of these", f"{fired:.1f}", f"{unsure:.1f}", str(by or "")))
     spent = cost_ms(drawn(3))
     spent["all"] = sum(spent.values())
-    titles = ("failure", "strength", "by", "caught, 16 of 16 (%)", "caught, 1 of 16 (%)", "seen in")
+    titles = ("failure", "strength", "by", "16 of 16 caught (%)", "1 of 16 (%)", "seen in")
     heads = ("honest damage", "anything fires (%)", "undecided (%)", "by")
+    times = [(name, f"{ms:.2f}") for name, ms in spent.items()]
     lines = [
         *markdown_table(titles, rows, n_words=3),
         "",
         *markdown_table(heads, alarms, n_words=1),
+        "",
+        *markdown_table(("detector", "ms a clip"), times, n_words=1),
     ]
-    lines += ["", *markdown_table(("detector", "ms a clip"),
-                                  [(n, f"{ms:.2f}") for n, ms in spent.items()], n_words=1)]  # fmt: skip
     if given.candidate and given.reference:
         both = zip(ClipSet.load(given.reference).clips, ClipSet.load(given.candidate).clips,
                    strict=True)  # fmt: skip

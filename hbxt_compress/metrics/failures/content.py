@@ -25,17 +25,18 @@ _FLAT = 2.0  # of 255: a frame whose miniature spreads less shows nothing to fin
 
 
 def _likeness(reference: Clip, candidate: Clip) -> np.ndarray | None:
-    """How much of the reference's frames each of the candidate's shows, float64 T.
+    """How much of the reference's frames each of the candidate's shows; float64, no flat ones.
 
     1 as the reference, 0 nothing of it, less than 0 its negative: the slope of the candidate's
     frame on the reference's frame that is most like it, so that neither speed nor noise counts.
-    None where a frame of the reference is flat.
+    None where more than half of the reference's frames are flat.
     """
     right, wrong = (miniature(clip.frames) for clip in (reference, candidate))
-    right, wrong = (one - one.mean(axis=1, keepdims=True) for one in (right, wrong))
-    sizes = np.einsum("tn,tn->t", right, right, dtype=np.float64)
-    if sizes.min() < _FLAT**2 * right.shape[1]:
+    drawn = right.std(axis=1) >= _FLAT
+    if drawn.mean() < 0.5:
         return None
+    right, wrong = (one[drawn] - one[drawn].mean(axis=1, keepdims=True) for one in (right, wrong))
+    sizes = np.einsum("tn,tn->t", right, right, dtype=np.float64)
     products = (wrong @ right.T).astype(np.float64)
     best = np.argmax(products / np.sqrt(sizes), axis=1)
     t = np.arange(len(products))

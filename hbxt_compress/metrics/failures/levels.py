@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 
@@ -34,18 +35,31 @@ __all__ = [
     "Uint8Wrap",
 ]
 
-_BLACK = 4.0  # of 255: the brightest block of a frame that people call black
-_FLAT = 3.0  # of 255: spread of the blocks of a frame that shows one colour
+_SAME = 25.0  # levels squared that a map changes
+_LEAST = 3.0  # levels of contrast or colour, of which a share can be told
 _BLOCK = 4  # pixels; means over blocks are what noise leaves alone
+# Levels of 255: the mean of a frame that is called black and of one that surely is not, and the
+# same of the spread of its blocks, for one colour.
+_DARK, _LIT = 6.0, 12.0
+_FLAT, _DRAWN = 6.5, 12.0
 
 
-def _share(wrong: np.ndarray, right: np.ndarray) -> float:
-    return float(100 * (np.mean(wrong) - np.mean(right)))
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """What the blocks of each frame are like, float64 T: their mean and spread, in levels."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, clip: Clip) -> Self:
+        small = block_means(clip.frames, _BLOCK)
+        return cls(small.mean(axis=(1, 2, 3)), small.std(axis=(1, 2)).max(axis=-1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Black:
-    """Frames without light, which the reference has."""
+    """Frames without light where the reference has some."""
 
     name: str = "black"
     meaning: str = "frames are black"
@@ -54,16 +68,16 @@ class Black:
     alarm: float | None = 5.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Percent of frames, the candidate's less the reference's, -100..100."""
-        return _share(*(self._black(clip) for clip in (candidate, reference)))
-
-    def _black(self, clip: Clip) -> np.ndarray:
-        return block_means(clip.frames, _BLOCK).max(axis=(1, 2, 3)) <= _BLACK
+        """Percent of the reference's lit frames, 0..100; None where none is."""
+        right, wrong = _Blocks.of(reference), _Blocks.of(candidate)
+        lit = (right.mean >= _LIT) | (right.spread >= _DRAWN)
+        black = (wrong.mean <= _DARK) & (wrong.spread <= _FLAT)
+        return float(100 * black[lit].mean()) if lit.any() else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant:
-    """Frames of one flat colour, black included."""
+    """Frames of one flat colour, black included, where the reference shows something."""
 
     name: str = "constant"
     meaning: str = "frames show one flat colour"
@@ -72,11 +86,10 @@ class Constant:
     alarm: float | None = 5.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Percent of frames, the candidate's less the reference's, -100..100."""
-        return _share(*(self._flat(clip) for clip in (candidate, reference)))
-
-    def _flat(self, clip: Clip) -> np.ndarray:
-        return np.ptp(block_means(clip.frames, _BLOCK), axis=(1, 2)).max(axis=-1) <= _FLAT
+        """Percent of the reference's frames that show something, 0..100; None where none does."""
+        right, wrong = _Blocks.of(reference).spread, _Blocks.of(candidate).spread
+        drawn = right >= _DRAWN
+        return float(100 * (wrong[drawn] <= _FLAT).mean()) if drawn.any() else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +150,7 @@ class Contrast:
             float(np.mean(luminance(block_means(clip.frames, _BLOCK)).std(axis=(1, 2))))
             for clip in (reference, candidate)
         )
-        return 100 * (wrong / right - 1) if right >= _FLAT else None
+        return 100 * (wrong / right - 1) if right >= _LEAST else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +166,7 @@ class Saturation:
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """100 * (distance from grey / reference's - 1); None for a grey reference."""
         right, wrong = (self._colour(clip) for clip in (reference, candidate))
-        return 100 * (wrong / right - 1) if right >= _FLAT else None
+        return 100 * (wrong / right - 1) if right >= _LEAST else None
 
     def _colour(self, clip: Clip) -> float:
         small = block_means(clip.frames, _BLOCK)
@@ -163,7 +176,7 @@ class Saturation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remapped:
-    """How much of the error goes away when the channels are put back by one of some maps.
+    """How far values went from their own channels' to those of one of some maps.
 
     maps: name -> (order of the channels, sign); sign -1 is 255 - value.
     """
@@ -171,22 +184,26 @@ class Remapped:
     name: str
     meaning: str
     maps: Mapping[str, tuple[tuple[int, int, int], int]]
-    unit: str = "% of the error"
+    unit: str = "% of the way"
     tolerance: float = 15.0
     alarm: float | None = 60.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Percent, 0..100; None where every map leaves the reference nearly as it is."""
+        """Percent; 0 where the reference itself is nearer, 100 the map and no other error.
+
+        None where every map leaves the reference nearly as it is.
+        """
         right, wrong = (block_means(clip.frames, _BLOCK) for clip in (reference, candidate))
         error = float(np.mean((wrong - right) ** 2))
-        left = []
+        told, nearest, signal = False, error, 0.0
         for order, sign in self.maps.values():
             mapped = right[..., order] if sign > 0 else 255 - right[..., order]
-            if float(np.mean((mapped - right) ** 2)) > 100:
-                left.append(float(np.mean((wrong - mapped) ** 2)))
-        if not left:
-            return None
-        return 100 * (1 - min(left) / error) if min(left) < error else 0.0
+            size = float(np.mean((mapped - right) ** 2))
+            left = float(np.mean((wrong - mapped) ** 2))
+            told |= size > _SAME
+            if size > _SAME and left < nearest:
+                nearest, signal = left, 50 * ((error - left) / size + 1)
+        return signal if told else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,13 +218,18 @@ class Uint8Wrap:
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of values, 0..100."""
-        dark = (reference.frames > 170) & (candidate.frames < reference.frames - 170)
-        bright = (reference.frames < 86) & (candidate.frames > reference.frames + np.uint8(170))
-        if not (dark.any() or bright.any()):
-            return 0.0
-        dark &= _closed(candidate.frames) > 170
-        bright &= ~_closed(~candidate.frames) < 86
+        dark = _overflowed(reference.frames, candidate.frames)
+        bright = _overflowed(~reference.frames, ~candidate.frames)
         return float(100 * np.mean(dark | bright))
+
+
+def _overflowed(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """Bool T H W 3: dark spots that lie in light, and where the reference never is dark."""
+    spots = (right > 170) & (wrong < right - 170)
+    if not spots.any():
+        return spots
+    darkest = ~_widest(~right.min(axis=0, keepdims=True))
+    return np.asarray(spots & (_closed(wrong) > 170) & (darkest > 100))
 
 
 def _closed(frames: np.ndarray) -> np.ndarray:

@@ -30,6 +30,9 @@ __all__ = [
 
 _STILL = 0.3  # levels squared of mean change a frame: less is a still picture
 _LEAST_FRAMES = 5
+_NEAR = 3  # frames by which a change may come earlier or later
+_KNOWN = 0.8  # of a clip's frames, what a faster or shorter one shows still lies within the clip
+_SPEAKS = 0.06  # of all error, what a damage explains at least
 _SPEEDS = np.concatenate([np.arange(0, 0.5, 0.05), np.arange(0.5, 1.6, 0.01), [1.8, 2.0]])
 
 
@@ -41,44 +44,49 @@ def _timeline(reference: Clip, candidate: Clip) -> Timeline | None:
     return found if found.steps.mean() >= _STILL else None
 
 
-def _at_speeds(line: Timeline, speeds: np.ndarray) -> np.ndarray:
+def _at_speeds(line: Timeline, n_frames: int) -> np.ndarray:
     """How much nearer the candidate is to the reference at each speed than to it as it is.
 
-    Levels squared, summed over frames; float64 S. Frames past the reference's end count nothing.
+    Levels squared, summed over the first n_frames; float64, as _SPEEDS. Frames past the
+    reference's end count nothing.
     """
     last = len(line) - 1
-    times = speeds[:, None] * np.arange(len(line))
+    times = _SPEEDS[:, None] * np.arange(len(line))
     nearer = line.across.diagonal() - line.at(np.minimum(times, last))
-    return np.where(times <= last + 1e-9, nearer, 0).sum(axis=1)
+    return np.where(times <= last + 1e-9, nearer, 0)[:, :n_frames].sum(axis=1)
 
 
-def _shifted(line: Timeline, by: int) -> tuple[float, float]:
+def _shifted(line: Timeline, by: int, n_frames: int) -> tuple[float, float]:
     """The best of all clips that leave out `by` frames (less than 0: show one -by times more).
 
     Gives how much nearer the candidate is to it, as _at_speeds does, and how far it is from the
-    reference itself. Frames that run past the end count nothing.
+    reference itself.
     """
     t = np.arange(len(line))
     other = np.clip(t + by, 0, len(line) - 1)
-    known = t + by <= len(line) - 1
-    nearer = np.where(known, line.across[t, t] - line.across[t, other], 0)
-    apart = np.where(known, line.reference[t, other], 0)
+    nearer = line.across[t, t] - line.across[t, other]
     first = max(1, 1 - by)
-    gains, sizes = (np.cumsum(one[::-1])[::-1][first:-1] for one in (nearer, apart))
-    best = int(np.argmax(gains)) if len(gains) else -1
-    return (float(gains[best]), float(sizes[best])) if len(gains) else (0.0, 0.0)
+    gains, sizes = (
+        np.cumsum(one[:n_frames][::-1])[::-1][first:] for one in (nearer, line.reference[t, other])
+    )
+    if not len(gains):
+        return 0.0, 0.0
+    best = int(np.argmax(gains))
+    return float(gains[best]), float(sizes[best])
 
 
-def _jump(line: Timeline) -> tuple[int, float, float]:
-    """The best number of frames left out, with its gain and size as of _shifted; 0 for none."""
-    found = [(by, *_shifted(line, by)) for by in (1, -1, 2, -2, 3, -3)]
-    return max(found, key=lambda one: one[1])
+def _left_out(line: Timeline) -> int:
+    """How many frames are left out at one place; less than 0: doubled, 0: none, or another speed.
 
-
-def _explains(line: Timeline, gain: float, size: float) -> bool:
-    """Whether a gain speaks for a damage of this size: half of it, and of all error a fifth."""
-    error = float(line.across.diagonal().sum())
-    return gain > 0.5 * size and gain > 0.2 * error
+    It must explain the candidate better than the reference does and any speed, by the frames whose
+    place in time all of these know.
+    """
+    n_frames = max(3, round(_KNOWN * len(line)))
+    steady = float(_at_speeds(line, n_frames).max())
+    tried = [(by, *_shifted(line, by, n_frames)) for by in (1, -1, 2, -2, 3, -3)]
+    by, gain, size = max(tried, key=lambda one: one[1])
+    error = float(line.across.diagonal()[:n_frames].sum())
+    return by if gain > max(1.03 * steady, 0.5 * size, _SPEAKS * error) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +108,9 @@ class SlowMotion:
         line = _timeline(reference, candidate)
         if line is None:
             return None
-        gains = _at_speeds(line, _SPEEDS)
-        best = int(np.argmax(gains))
-        speed, gain = _SPEEDS[best], float(gains[best])
-        by, jumped, size = _jump(line)
-        if by and jumped > gain and _explains(line, jumped, size):
+        if _left_out(line):
             return None
-        return float(100 * (speed - 1))
+        return float(100 * (_SPEEDS[np.argmax(_at_speeds(line, len(line)))] - 1))
 
 
 SLOW_MOTION = SlowMotion()
@@ -120,7 +124,7 @@ class Frozen:
     meaning: str = "the picture stands still where the reference's moves"
     unit: str = "% of changes"
     tolerance: float = 10.0
-    alarm: float | None = 40.0
+    alarm: float | None = 25.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of the reference's changes, 0..100; None where its picture does not move."""
@@ -132,18 +136,23 @@ FROZEN = Frozen()
 
 
 def _held(reference: Clip, candidate: Clip) -> np.ndarray | None:
-    """Which of the candidate's frames 1.. hardly differ from the one before, as they should.
+    """Which of the candidate's changes, where the reference has one, are missing; bool.
 
-    Bool, one for each change that the reference has; a change near it that is as small is enough,
-    for at another speed changes come earlier or later.
+    A change is missing if it goes nowhere along any change that the reference makes near it, and
+    is no larger than what the frames differ from the reference's anyway.
     """
     line = _timeline(reference, candidate)
     if line is None:
         return None
-    near = np.pad(line.steps, 1, mode="edge")
-    least = np.min([near[:-2], near[1:-1], near[2:]], axis=0)
-    moves = line.steps >= _STILL
-    return np.asarray((line.candidate.diagonal(1) < 0.3 * least)[moves])
+    d, n = line.across, len(line)
+    t, u = np.arange(1, n)[:, None], np.arange(1, n)[None]
+    along = 0.5 * (d[t, u - 1] + d[t - 1, u] - d[t, u] - d[t - 1, u - 1])
+    along = along / np.maximum(line.steps, 0.5 * _STILL)
+    along = np.where(np.abs(t - u) <= _NEAR, along, -np.inf).max(axis=1)
+    error = d.min(axis=1)
+    small = line.candidate.diagonal(1) < 0.3 * line.steps + 1.5 * (error[1:] + error[:-1])
+    known = (error[1:] < line.reference.max()) & (line.steps >= _STILL)
+    return np.asarray(((along < 0.35) & small & known)[line.steps >= _STILL])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,9 +198,7 @@ class DroppedFrame:
         line = _timeline(reference, candidate)
         if line is None:
             return None
-        by, gain, size = _jump(line)
-        steady = float(_at_speeds(line, _SPEEDS).max())
-        return float(by) if _explains(line, gain, size) and gain > 1.1 * steady else 0.0
+        return float(_left_out(line))
 
 
 DROPPED_FRAME = DroppedFrame()
@@ -205,7 +212,7 @@ class FrameShuffle:
     meaning: str = "frames are out of order"
     unit: str = "% of frames"
     tolerance: float = 4.0
-    alarm: float | None = 15.0
+    alarm: float | None = 10.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of changes that go back, 0..100; None where the picture does not move."""
@@ -216,7 +223,7 @@ class FrameShuffle:
         best = np.argmin(line.across, axis=1)
         own, found = line.across[t, t], line.across[t, best]
         apart = line.reference[t, best]
-        shown = np.where(own - found > 0.5 * np.maximum(apart, found), best, t)
+        shown = np.where(own - found > np.maximum(0.5 * apart, 0.2 * found), best, t)
         return float(100 * np.mean(np.diff(shown) < 0))
 
 

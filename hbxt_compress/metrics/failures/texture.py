@@ -27,13 +27,13 @@ _SECOND = np.sqrt(6.0)  # the second difference of values that flicker by 1 has 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blur:
-    """How steep the steepest places are; noise hardly changes them, and they need not be aligned."""
+    """How steep the steepest places are: little changed by noise, and no need to align them."""
 
     name: str = "blur"
     meaning: str = "edges are softer or harder than the reference's"
     unit: str = "% of steepness"
-    tolerance: float = 8.0
-    alarm: float | None = 40.0
+    tolerance: float = 12.0
+    alarm: float | None = 60.0
     share: float = 0.01
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
@@ -108,7 +108,7 @@ class Seams:
     meaning: str = "borders of tiles are seen"
     unit: str = "levels of 255"
     tolerance: float = 0.8
-    alarm: float | None = 1.6
+    alarm: float | None = 2.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """The step at the borders of the most likely tiling, less that of their neighbours.
@@ -122,13 +122,16 @@ class Seams:
 
 
 _RUN = 8  # pixels of a border whose step has one sign
-_EDGE = 12.0  # levels: a step this large in a clip is its picture
+_EDGE, _STEP = 6.0, 24.0  # levels: a step this large in the reference, or at all, is the picture's
+_REACH = 2  # pixels from an edge that moved
 
 
 def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     """The step across columns, of T H W."""
     step, own = np.diff(wrong, axis=2), np.diff(right, axis=2)
-    smooth = (np.abs(own) < _EDGE) & (np.abs(step) < 2 * _EDGE)
+    edge = np.pad(np.abs(own) >= _EDGE, ((0, 0), (0, 0), (_REACH, _REACH)))
+    near = np.any([edge[:, :, k : k + own.shape[2]] for k in range(2 * _REACH + 1)], axis=0)
+    smooth = ~near & (np.abs(step) < _STEP)
     n_runs = right.shape[1] // _RUN
 
     def runs(values: np.ndarray) -> np.ndarray:
@@ -139,11 +142,9 @@ def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     means = runs((step - own) * smooth) / np.maximum(n_smooth, 1)
     known = n_smooth >= 0.5 * _RUN * len(right)
     energy = np.where(known, means**2, np.nan)
-    # A border is as strong as the middle of its runs; a line between is known by a few.
-    profile = np.array([
-        np.median(column[~np.isnan(column)]) if np.count_nonzero(~np.isnan(column)) >= 3 else 0.0
-        for column in energy.T
-    ])  # fmt: skip
+    # A border runs through the frame: as strong as in its weaker runs, where three are known.
+    energy[:, known.sum(axis=0) < 3] = 0
+    profile = np.nanquantile(energy, 0.3, axis=0)
     padded = np.pad(profile, 3, mode="reflect")
     around = np.median([padded[k : k + len(profile)] for k in (0, 1, 2, 4, 5, 6)], axis=0)
     width = right.shape[2]
@@ -161,22 +162,23 @@ class Grain:
     name: str = "grain"
     meaning: str = "smooth places have more or less grain, as when denoising ends early"
     unit: str = "levels of 255"
-    tolerance: float = 2.0
-    alarm: float | None = 8.0
+    tolerance: float = 1.6
+    alarm: float | None = 10.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Deviation from the local mean at the quarter of places where that of both is least."""
+        """Deviation from the local mean that came (less than 0: went), where it is least."""
         right, wrong = (_roughness(clip.frames) for clip in (reference, candidate))
-        return wrong - right
+        return float(np.sign(wrong - right) * np.sqrt(abs(wrong - right)))
 
 
 def _roughness(frames: np.ndarray) -> float:
+    """Mean square, in levels, at the smooth end of places of 8 x 8 pixels."""
     grey = block_means(luminance(frames), 2)
     fine = grey[:, 1:-1, 1:-1] - 0.25 * (
         grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
     )
     power = block_means(fine**2, 4)
-    return float(np.sqrt(np.quantile(power, 0.25)))
+    return float(np.quantile(power, 0.25))
 
 
 BLUR = Blur()
