@@ -19,6 +19,7 @@ from hbxt_compress.clips import Clip, ClipSet, health, write_mp4
 from hbxt_compress.errors import UsageError, listing
 from hbxt_compress.manifest import Manifest
 from hbxt_compress.metrics import METRICS, WeightFiles
+from hbxt_compress.metrics.failures import FAILURES, find
 from hbxt_compress.metrics.statistics import conclude, decide
 from hbxt_compress.render.github import write_summary
 from hbxt_compress.render.junit import write_junit
@@ -94,7 +95,7 @@ def measure(
     for side in (reference, *([] if original is None else [original])):
         _refuse_mismatch(side.clips, candidate.clips)
     weights = files or WeightFiles.from_environment()
-    records, tally, curves = _pairs(folder, reference, candidate, names, weights)
+    records, tally, curves, signals = _pairs(folder, reference, candidate, names, weights)
     sick = [
         f"clip {i} {r.prompt!r}: {'; '.join(r.problems)}"
         for i, r in enumerate(records)
@@ -111,6 +112,7 @@ def measure(
         told = (suite, about.manifest.source, len(records))
         compared, more = against_baseline(baseline, values, beside, told, seed)
         verdicts += more
+    findings = () if sick else tuple(find(signals, seed))
     unmeasured = [name for name in limits if measured[name][0].value is None]
     report = QualityReport(
         schema=SCHEMA,
@@ -125,13 +127,13 @@ def measure(
         curves={} if sick else curves.means(),
         layers=tuple(asdict(layer) for layer in about.manifest.layers),
         verdicts=verdicts,
-        conclusion=conclude(verdicts, (), records, unmeasured),
+        conclusion=conclude(verdicts, findings, records, unmeasured),
         clips=records,
         made_with=about.manifest.made_with,
         artifact=about.artifact,
         seconds=dict(about.seconds),
         controls=tuple(beside),
-        findings=(),
+        findings=findings,
         baseline=compared,
     )
     write_markdown(folder, report)
@@ -144,9 +146,10 @@ def measure(
 
 def _pairs(
     folder: Path, reference: ClipSet, candidate: ClipSet, names: Sequence[str], files: WeightFiles
-) -> tuple[tuple[ClipRecord, ...], Tally, Curves]:
-    """All that is taken from pairs of clips while each is in memory."""
+) -> tuple[tuple[ClipRecord, ...], Tally, Curves, dict[str, list[float | None]]]:
+    """All that is taken from pairs of clips while each is in memory; last, signals of failures."""
     tally, curves, records = Tally(names, files), Curves(names), list[ClipRecord]()
+    found: dict[str, list[float | None]] = {name: [] for name in FAILURES}
     n = len(candidate.clips)
     for i, pair in enumerate(zip(reference.clips, candidate.clips, strict=True)):
         log.info("measure: clip %d", i, extra={"progress": (i, n, "measure")})
@@ -154,11 +157,13 @@ def _pairs(
         if not any(one.problems for one in (*records, record)):
             tally.add(*pair)
             curves.add(*pair)
+            for name, detector in FAILURES.items():
+                found[name].append(detector.signal(*pair))
             record = replace(record, curves=curves.last())
         write_mp4(folder / record.video, side_by_side(*pair), pair[0].fps)
         records.append(record)
     log.info("measure: done", extra={"progress": (n, n, "measure")})
-    return tuple(records), tally, curves
+    return tuple(records), tally, curves, found
 
 
 def _to_original(

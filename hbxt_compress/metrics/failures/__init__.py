@@ -10,9 +10,10 @@ from typing import Final
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.failures import content, levels, motion, texture
-from hbxt_compress.metrics.failures.findings import Detector, Finding, conclude_one
+from hbxt_compress.metrics.failures.findings import Detector, conclude_one
+from hbxt_compress.report import Finding
 
-__all__ = ["FAILURES", "Detector", "Finding", "find", "signals"]
+__all__ = ["FAILURES", "Detector", "find", "signals"]
 
 
 _ALL: tuple[Detector, ...] = (

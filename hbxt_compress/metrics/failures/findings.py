@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.statistics import bootstrap_interval
+from hbxt_compress.report import Finding
 
-__all__ = ["LEAST_N", "Detector", "Finding", "conclude_one"]
+__all__ = ["LEAST_N", "Detector", "conclude_one"]
 
 LEAST_N = 8
 """Clips from which on the mean decides; below it only single clips do."""
@@ -45,27 +45,6 @@ class Detector(Protocol):
         """Signed, 0 as the reference; None where it cannot be told from these clips."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """What was found of one failure; plain JSON values only.
-
-    value: the mean signal over the n clips that can tell, in `unit`; None where none can. interval:
-    95 %, bootstrap over clips; None below 2 clips. clips: those that fail alone, by their place.
-    n_needed: of "undecided", how many clips would decide it if the next are like these.
-    """
-
-    failure: str
-    outcome: Literal["fail", "undecided", "pass"]
-    value: float | None
-    interval: tuple[float, float] | None
-    tolerance: float
-    unit: str
-    n: int
-    clips: tuple[int, ...]
-    n_needed: int | None
-    text: str
-
-
 def conclude_one(detector: Detector, signals: Sequence[float | None], seed: int) -> Finding:
     """What the signals of all clips, in their order, say of a failure; the same seed, the same."""
     told = [value for value in signals if value is not None]
@@ -91,9 +70,15 @@ def conclude_one(detector: Detector, signals: Sequence[float | None], seed: int)
     if not beyond:
         text = f"{numbers}, up to {limit} are overlooked"
         return _finding(detector, "pass", told, interval, (), None, text)
-    if len(told) >= LEAST_N and sure:
+    if len(told) < LEAST_N:
+        text = (
+            f"{numbers}, more than the {limit} that are overlooked, but it takes {LEAST_N} to tell"
+        )
+        return _finding(detector, "pass", told, interval, (), LEAST_N, text)
+    if sure:
         text = f"{detector.meaning}: {numbers}, more than the {limit} that are overlooked"
         return _finding(detector, "fail", told, interval, (), None, text)
+    assert interval is not None
     needed = _needed(mean, interval, len(told))
     text = (
         f"perhaps {detector.meaning}: {numbers}, more than the {limit} that are overlooked, but "
@@ -109,12 +94,10 @@ def _alone(detector: Detector, signals: Sequence[float | None]) -> tuple[int, ..
     return tuple(i for i, value in enumerate(signals) if value is not None and abs(value) > alarm)
 
 
-def _needed(mean: float, interval: tuple[float, float] | None, n: int) -> int:
+def _needed(mean: float, interval: tuple[float, float], n: int) -> int:
     """The interval shrinks with the root of n until it leaves out 0."""
-    if interval is None:
-        return LEAST_N
     half = (interval[1] - interval[0]) / 2
-    return max(LEAST_N, n + 1 if n >= LEAST_N else 0, math.ceil(n * (half / abs(mean)) ** 2))
+    return max(n + 1, math.ceil(n * (half / abs(mean)) ** 2))
 
 
 def _named(clips: Sequence[int]) -> str:
