@@ -17,6 +17,7 @@ from hbxt_compress.clips import Clip, health
 from hbxt_compress.metrics.failures import FAILURES, find, signals
 from hbxt_compress.metrics.failures.miniature import Timeline, block_means
 from hbxt_compress.reference import shapes
+from hbxt_compress.report import Finding
 
 N_TRIALS = 20
 TIME = ("slow_motion", "frozen", "dropped_frame", "repeated_frame", "frame_shuffle")
