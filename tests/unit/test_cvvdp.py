@@ -92,13 +92,14 @@ def cvvdp() -> Iterator[Cvvdp]:
         pytest.skip(str(reason))
 
 
+@pytest.mark.timeout(300)  # torchvision is imported in the first test that needs it
 def test_ten_is_no_difference_and_damage_lowers_it(cvvdp: Cvvdp) -> None:
     assert cvvdp.unit == "JOD"
     assert "standard_fhd" in str(cvvdp.extractor)
     clip = _clip()
     values = [cvvdp.compare(clip, _noisy(clip, sigma)) for sigma in (0, 2, 8, 40)]
     assert values[0] == 10
-    assert (np.diff(values) < -0.1).all(), values
+    assert (np.diff(values) < -0.05).all(), values
 
 
 @pytest.mark.slow

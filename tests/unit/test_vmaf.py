@@ -199,9 +199,9 @@ def test_a_clip_against_itself_starts_at_the_score_of_no_motion(vmaf: Libvmaf) -
 
 def test_damage_lowers_it_and_sides_are_not_alike(vmaf: Libvmaf) -> None:
     clip = _texture()
-    for damage in (_noisy, _blurred):
-        values = [vmaf.compare(clip, damage(clip, strength)) for strength in (0, 1, 3, 9)]
-        assert (np.diff(values) < -1).all(), values
+    for damage, strengths in ((_noisy, (0, 1, 3, 9)), (_blurred, (0, 0.5, 1, 2))):
+        values = [vmaf.compare(clip, damage(clip, strength)) for strength in strengths]
+        assert (np.diff(values) < -0.05).all(), values
     blurred = _blurred(clip, 1)
     assert vmaf.compare(clip, blurred) + 3 < vmaf.compare(blurred, clip)
 
@@ -219,12 +219,12 @@ def test_what_libvmaf_sees_is_the_luma_that_was_made_here(vmaf: Libvmaf) -> None
 
 
 def test_banding_counts_in_both_directions(vmaf: Libvmaf) -> None:
-    """A dark ramp whose levels are four codes apart, against the same ramp dithered."""
-    ramp = np.linspace(40, 80, 256)[None, :, None].repeat(240, axis=0).repeat(3, axis=2)
+    """A dark ramp of 12 levels, whose steps are seen, against the same ramp dithered."""
+    ramp = np.linspace(40, 52, 256)[None, :, None].repeat(240, axis=0).repeat(3, axis=2)
     noise = np.random.default_rng(0).normal(size=(2, *ramp.shape))
     smooth = _clip(np.rint(ramp + 3 * noise).astype(np.uint8))
-    banded = _clip((np.rint(ramp / 4) * 4).astype(np.uint8)[None].repeat(2, axis=0))
+    banded = _clip(np.rint(ramp).astype(np.uint8)[None].repeat(2, axis=0))
     cambi = CAMBI.load(WeightFiles())
     assert cambi.compare(banded, banded) == 0
-    assert cambi.compare(smooth, banded) > 1
+    assert cambi.compare(smooth, banded) > 5
     assert cambi.compare(smooth, banded) == pytest.approx(cambi.compare(banded, smooth), abs=1e-6)
