@@ -10,6 +10,8 @@ VENV ?= .venv
 # rocm or migraphx put that build of ONNX Runtime in place of the CPU one; for torch on ROCm also
 # say TORCH_INDEX=https://download.pytorch.org/whl/rocm<version> before the first install
 EXTRA ?=
+# of `release`: a private key in PEM
+KEY ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 # of bench-scale's random checkpoints; 5B needs 10 GB of disk for the checkpoint, as much for results,
@@ -26,7 +28,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate release generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -55,6 +57,10 @@ quantize: $(VENV)/installed ## compress MODEL by RECIPE, measure the loss: build
 
 evaluate: $(VENV)/installed ## measure the loss again
 	$(HBXT) evaluate $(ARTIFACT) --store $(STORE) --out $(REPORT)
+
+release: $(VENV)/installed ## artifact, report, card and licences in one folder: build/<recipe>/release; KEY=key.pem signs it
+	rm -rf $(BUILD)/$(NAME)/release
+	$(HBXT) release $(ARTIFACT) --report $(REPORT) --out $(BUILD)/$(NAME)/release $(if $(KEY),--key $(KEY))
 
 generate: $(VENV)/installed ## a clip of PROMPT with the compressed model: build/<recipe>/clip.mp4
 	$(HBXT) generate $(ARTIFACT) --prompt "$(PROMPT)" --out $(BUILD)/$(NAME)/clip.mp4

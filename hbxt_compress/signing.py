@@ -1,8 +1,8 @@
 """Signing: a folder signed, and its signature checked, as OpenSSF's model signing does it.
 
 With an elliptic-curve key (PEM: P-256, P-384 or P-521), offline, or with an identity through
-Sigstore, which needs the network. Every file is signed but the signature itself; what others sign
-or check with `model_signing` is the same.
+Sigstore, which needs the network. `model_signing` itself makes and checks the same signatures; as
+there git's own files, such as .gitattributes, are left out. A release's record vouches for them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def verify(
 
 def _hashing(hashing: Any, unsigned: tuple[str, ...]) -> hashing.Config:
     config = hashing.Config().use_file_serialization(hashing_algorithm="sha256")
-    return config.set_ignored_paths(paths=unsigned, ignore_git_paths=False)
+    return config.set_ignored_paths(paths=unsigned)
 
 
 def _library() -> tuple[Any, Any, Any]:

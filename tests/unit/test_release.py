@@ -387,8 +387,9 @@ def test_model_signings_own_tool_agrees(
     config = verifying.Config().use_elliptic_key_verifier(public_key=keys[1])
     folder = Path(shutil.copytree(signed, tmp_path / "release"))
     config.verify(folder, folder / "model.sig")
-    (folder / ".gitattributes").write_text("")
-    assert ".gitattributes: 0 bytes" in _refusal(folder)
+    (folder / "release.json").write_text("{}")
+    with pytest.raises(ValueError, match="Hash mismatch"):
+        config.verify(folder, folder / "model.sig")
 
 
 def test_what_cannot_sign_is_told(
