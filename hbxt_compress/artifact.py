@@ -13,7 +13,6 @@ and so do those for tiles of a frame (model_tile_first_256x256.onnx, model_tile_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +30,7 @@ from hbxt_compress.file_records import (
     sealed,
     sha256_of,
 )
+from hbxt_compress.json_text import parse_json
 from hbxt_compress.manifest import REMEDY, FileRecord, Manifest
 from hbxt_compress.released import is_note, released_beside
 
@@ -106,7 +106,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}: not an artifact, it has no {MANIFEST}; {REMEDY}")
     try:
         content = path.read_bytes()
-        document = json.loads(content)
+        document = parse_json(content)
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON ({error}); {REMEDY}") from error
     sealed_too = (

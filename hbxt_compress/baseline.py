@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from hbxt_compress import library
 from hbxt_compress.errors import UsageError, listing
+from hbxt_compress.json_text import read_json
 from hbxt_compress.report import QualityReport
 
 __all__ = [
@@ -104,8 +105,8 @@ class Accepted:
     def load(cls, path: Path) -> Self:
         """The measurement in a file; UsageError if there is none or it is not valid."""
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            document = read_json(path)
+        except (OSError, ValueError) as error:
             raise UsageError(f"{path}: no readable baseline ({error})") from None
         if problems := _problems(document):
             raise UsageError(

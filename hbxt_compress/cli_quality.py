@@ -165,4 +165,5 @@ def results(reports: tuple[Path, ...]) -> None:
 
 def _promised_suite(recipe: Any) -> str:
     document = recipe.get("document", recipe) if isinstance(recipe, dict) else {}
-    return str(document.get("accept", {}).get("suite", "standard"))
+    accept = document.get("accept")
+    return str(accept.get("suite", "standard")) if isinstance(accept, dict) else "standard"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from hbxt_compress.artifact import Artifact
+from hbxt_compress.artifact import MANIFEST, Artifact
 from hbxt_compress.baseline import Accepted
-from hbxt_compress.errors import SourceError, UsageError, listing
+from hbxt_compress.errors import ArtifactError, SourceError, UsageError, listing
 from hbxt_compress.machine import Machine
 from hbxt_compress.pipeline import artifact_of, located, published, student_of
 from hbxt_compress.recipe import distillers, load_recipe
@@ -130,7 +130,10 @@ def sources_of(
     """
     made_from = artifact.manifest.source
     original = located(model or str(made_from["model"]), store)
-    how, decoder = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
+    try:
+        how, decoder = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
+    except ArtifactError as error:
+        raise ArtifactError(f"{artifact.folder / MANIFEST}: {error}") from None
     source = student_of(how, decoder, original, store, machine)
     wanted = cast(Mapping[str, str], made_from["files"])
     differing = sorted(

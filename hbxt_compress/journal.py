@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hbxt_compress import disk
+from hbxt_compress.json_text import parse_json
 
 __all__ = ["FileNote", "Journal", "file_sha256", "scratch_of"]
 
@@ -218,7 +219,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             continue
         if isinstance(line, dict) and ("expected" in line or line.keys() >= _NEEDED):

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from hbxt_compress.errors import UsageError, listing
+from hbxt_compress.json_text import read_json
 
 __all__ = [
     "SCHEMA",
@@ -200,6 +201,8 @@ class QualityReport:
             )
         problems: list[str] = []
         report = _read(cls, document, "report", problems)
+        if isinstance(report, cls) and not problems:
+            problems = list(_lacking(report))
         if problems:
             raise UsageError(
                 f"not a quality report, {len(problems)} problems:\n{listing(problems)}"
@@ -222,10 +225,21 @@ class QualityReport:
         """The report of a folder; UsageError if there is none or it is not valid."""
         path = folder / FILE_NAME
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_json(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: no readable report ({error}); evaluate again") from None
-        return cls.from_json(document)
+        try:
+            return cls.from_json(document)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+
+
+def _lacking(report: QualityReport) -> Iterator[str]:
+    """What those who show a report look up by name, and is not there."""
+    for name, sizes in report.components.items():
+        for key in ("before", "after"):
+            if key not in sizes:
+                yield f"report.components.{name}.{key}: missing"
 
 
 def _plain(value: object) -> object:

@@ -77,7 +77,7 @@ def recipes(found: Sequence[Recipe], json_wanted: bool) -> None:
     table = table_of("recipe", "what it does", "promise")
     for recipe in found:
         limits = ", ".join(f"{metric} {limit:g}" for metric, limit in recipe.accept.limits.items())
-        table.add_row(recipe.name, recipe.summary, limits or "-")
+        table.add_row(recipe.name, escape(recipe.summary), limits or "-")
     return console().print(table)
 
 
@@ -132,13 +132,13 @@ def plan(
     for (name, rule, stored, why), group in groupby(ordered, key=fate):
         layers = list(group)
         table.add_row(
-            name,
+            escape(name),
             str(len(layers)),
             stored,
             str(rule),
             size(sum(layer.bytes_before for layer in layers)),
             size(sum(layer.bytes_after for layer in layers)),
-            why or "decided by the budget; --layers tells why",
+            escape(why) or "decided by the budget; --layers tells why",
             style="bold" if layers[0].quantized else "dim",
         )
     out = console()
@@ -201,7 +201,7 @@ def checked(path: Path, found: Sequence[Check], json_wanted: bool) -> None:
         documents = [one.to_json() for one in found]
         return as_json(documents[0] if len(documents) == 1 else documents)
     columns = ("target", "runtime", ">runs", ">slow", ">falls back", ">misparsed", ">fails", "")
-    table = table_of(*columns, title=f"check: {path}")
+    table = table_of(*columns, title=escape(f"check: {path}"))
     for one in found:
         for name, judgement in one.runtimes.items():
             counts = [
@@ -233,7 +233,7 @@ def _outcome(judgement: Judgement) -> str:
     if not judgement.runs_there:
         return "not for this target"
     if judgement.cliff:
-        return f"[red]takes nothing of {', '.join(judgement.cliff)}"
+        return f"[red]takes nothing of {escape(', '.join(judgement.cliff))}"
     return "[green]passes" if judgement.passes else "[red]does not pass"
 
 

@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 from hbxt_compress import disk
 from hbxt_compress.errors import StoreError, listing
 from hbxt_compress.journal import Journal, scratch_of
+from hbxt_compress.json_text import parse_json
 from hbxt_compress.machine import Machine
 from hbxt_compress.ranks import ALONE, Ranks
 
@@ -256,15 +257,23 @@ class Store:
             raise
 
     def _open(self, folder: Path, document: str) -> Entry:
-        record = json.loads(_record(folder).read_text())
-        if record["document"] != json.loads(document):
+        try:
+            record = parse_json(_record(folder).read_text(encoding="utf-8"))
+            content = {name: about["sha256"] for name, about in record["files"].items()}
+            sizes = {name: about["size"] for name, about in record["files"].items()}
+            made_from = record["document"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{_record(folder)}: damaged ({error!r:.100}); delete it to re-make {folder}"
+            ) from error
+        if made_from != json.loads(document):
             raise StoreError(
                 f"{_record(folder)}: not what this key was made from; delete it and {folder}"
             )
         bad = [
             name
-            for name, about in record["files"].items()
-            if not (folder / name).is_file() or (folder / name).stat().st_size != about["size"]
+            for name, size in sizes.items()
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size
         ]
         if bad:
             raise StoreError(
@@ -272,7 +281,6 @@ class Store:
                 f"to re-make them:\n"
                 f"{listing(bad)}"
             )
-        content = {name: about["sha256"] for name, about in record["files"].items()}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         n, stage = record["document"]["version"], folder.parent.name
         return Entry(folder=folder, stage=stage, key=folder.name, digest=digest, version=n)

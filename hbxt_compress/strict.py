@@ -94,22 +94,43 @@ def load(kind: type[_Kind], path: Path) -> _Kind:
     Raises:
         RecipeError: the file cannot be read, or is not valid; the message lists every problem.
     """
-    reading = Reading(compose(path))
+    try:
+        reading = Reading(compose(path))
+        text = json.dumps(reading.document)
+    except RecursionError as deep:  # aliases nest deeper than the text itself
+        raise RecipeError(f"{path}: nested too deeply") from deep
     settings = None
     try:
-        settings = kind.model_validate_json(json.dumps(reading.document))
+        settings = kind.model_validate_json(text)
     except ValidationError as invalid:
-        for error in invalid.errors(include_url=False):
+        found = [
+            (_place(error, reading.document), error) for error in invalid.errors(include_url=False)
+        ]
+        for place, error in found:
             if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
                 continue  # its items are invalid, and reported as such
-            place = tuple(segment for segment in error["loc"] if segment != "[key]")
+            if len(place) < len(error["loc"]) and any(place == p[:-1] for p, _ in found):
+                continue  # not of that type, but of one whose items are invalid
+            fields = _fields_at(kind, reading.document, place)
             place = (*place, "use") if error["type"] == "use" else place
-            fields = _fields_at(kind, reading.document, error["loc"])
             reading.reject(place, _explain(error, fields))
     if reading.problems or settings is None:
         lines = [f"{path}:{line}: {text}" for line, text in sorted(set(reading.problems))]
         raise RecipeError("\n".join(lines))
     return settings
+
+
+def _place(error: ErrorDetails, document: Any) -> Place:
+    """Where an error is in the document: without `[key]`, and without the types of a union."""
+    place: list[int | str] = []
+    for segment in error["loc"]:
+        is_list = isinstance(document, list) and isinstance(segment, int)
+        if is_list or (isinstance(document, dict) and segment in document):
+            document = document[segment]
+            place.append(segment)
+        elif isinstance(document, dict) and error["type"] == "missing":
+            place.append(segment)
+    return tuple(place)
 
 
 def _fields_at(kind: type[Settings], document: Any, loc: Place) -> list[str]:
@@ -120,7 +141,8 @@ def _fields_at(kind: type[Settings], document: Any, loc: Place) -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, Settings):
             annotation = annotation.model_fields[str(segment)].rebuild_annotation()
         else:
-            annotation = get_args(annotation)[1 if get_origin(annotation) is dict else 0]
+            inside = get_args(annotation)
+            annotation = inside[get_origin(annotation) is dict] if inside else None
         document = document[segment]
     annotation = _settings(annotation, document)
     if isinstance(annotation, type) and issubclass(annotation, Settings):

@@ -46,6 +46,8 @@ def compose(path: Path) -> yaml.Node:
         ) from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a NUL or half a character in the name itself
+        raise RecipeError(f"{str(path)!r}: no name of a file ({error})") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

@@ -23,7 +23,7 @@ MEDIAN_LINES = 160
 # Lower rows know nothing of higher ones; names in one row do not know each other, but for SIDEWAYS.
 ROWS = (
     {"errors"},
-    {"disk", "heap"},
+    {"disk", "heap", "json_text"},
     {
         "strict",
         "yaml_text",
@@ -109,8 +109,8 @@ SIDEWAYS = {
     ("algorithms", "formats"): "a rounder is given a format: the contract's type",
 }
 RUNTIME_MAY_USE = {
-    "artifact", "file_records", "manifest", "released", "tile", "geometry", "sampler", "clips",
-    "errors", "heap",
+    "artifact", "file_records", "json_text", "manifest", "released", "tile", "geometry", "sampler",
+    "clips", "errors", "heap",
 }  # fmt: skip
 
 # library -> the only places that may import it
@@ -132,6 +132,7 @@ HOMES = {
     "huggingface_hub": {"source", "hub"},
     "model_signing": {"signing"},
     "datasets": {"prompts", "reference"},
+    "pyarrow": {"prompts"},
     "av": {"clips", "footage"},
     "lpips": {"metrics"},
     "imageio_ffmpeg": {"metrics"},

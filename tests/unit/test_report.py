@@ -201,3 +201,18 @@ def test_the_verdict_rule(
     verdict = decide(one, 30.0, least_n=8)
     assert verdict.outcome == outcome
     assert str(n) in verdict.reason
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = _report().save(tmp_path)
+    for text, problem in (
+        ("[" * 50_000, "nested too deeply"),
+        (path.read_text().replace('"n": ', '"n": 1, "n": ', 1), "'n' stands there twice"),
+        (path.read_text().replace('"after"', '"afer"', 1), r"components\.\w+\.after: missing"),
+        ("[]", "not a quality report"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=problem) as refused:
+            QualityReport.load(tmp_path)
+        assert str(path) in str(refused.value)
+        _report().save(tmp_path)

@@ -188,3 +188,33 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
 def test_suggestions_are_close_or_none() -> None:
     assert did_you_mean("w4a61", ["w4a16", "fp16"]) == " (did you mean 'w4a16'?)"
     assert did_you_mean("zzz", ["w4a16", "fp16"]) == ""
+
+
+def test_aliases_that_nest_deeper_than_the_text_are_stopped(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 3000))]
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        load(Whole, _write(tmp_path, "\n".join(lines)))
+
+
+class Either(Settings):
+    weights: str | Annotated[tuple[str, ...], Field(min_length=2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("weights: [a, 3, b]\n", ["1: weights[1]: must be text, not 3"]),
+        ("weights: [a, {b: c}]\n", ["1: weights[1]: must be text, not {'b': 'c'}"]),
+        (
+            "weights: 3\n",
+            ["1: weights: must be a list, not 3", "1: weights: must be text, not 3"],
+        ),
+    ],
+)
+def test_of_several_types_the_one_that_was_meant_is_told(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    path = _write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load(Either, path)
+    assert str(caught.value).splitlines() == [f"{path}:{line}" for line in expected]
