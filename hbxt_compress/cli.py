@@ -16,7 +16,7 @@ import click
 
 from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
-from hbxt_compress.cli_quality import accept, bisect, compare, evaluate, results
+from hbxt_compress.cli_quality import accept, bisect_, compare, evaluate, results
 from hbxt_compress.cli_recipes import copy, recipes, show_recipe
 from hbxt_compress.cli_release import explain_, push_, release_, verify
 from hbxt_compress.errors import (
@@ -291,7 +291,7 @@ def status(recipe: str, model: str, store: Path, as_json: bool) -> None:
 
 
 for _command in (
-    evaluate, bisect, accept, compare, results, import_, recipes, show_recipe, copy, release_,
+    evaluate, bisect_, accept, compare, results, import_, recipes, show_recipe, copy, release_,
     verify, explain_, push_,
 ):  # fmt: skip
     hbxt.add_command(_command)

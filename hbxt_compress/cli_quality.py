@@ -11,7 +11,7 @@ import click
 from hbxt_compress.errors import QualityGateFailed, QualityUndecided, UsageError
 from hbxt_compress.ranks import Ranks
 
-__all__ = ["accept", "bisect", "compare", "evaluate", "results"]
+__all__ = ["accept", "bisect_", "compare", "evaluate", "results"]
 
 _SMALL: Final = 1_000_000_000  # bytes of an artifact whose parts are looked at without being asked
 _path = click.Path(path_type=Path)
@@ -88,7 +88,7 @@ def evaluate(
         raise QualityUndecided(f"quality: {report.conclusion}")
 
 
-@click.command()
+@click.command("bisect")
 @click.argument("artifact", type=_path)
 @click.option("--suite", "suite_name", help="Name or file; default: what the recipe promises on.")
 @click.option("--model", help="Full-precision model, if it has moved.")
@@ -97,7 +97,7 @@ def evaluate(
     "--store", type=_path, default=Path(".hbxt"), envvar="HBXT_STORE", help="Folder of results."
 )
 @_json
-def bisect(
+def bisect_(
     artifact: Path, suite_name: str | None, model: str | None, n_clips: int, store: Path,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -106,16 +106,17 @@ def bisect(
     Each component and each transformer block is put back into full precision alone, and what that
     gains on some clips is measured. Blocks need the store that the artifact was made in.
     """
-    from hbxt_compress import show_quality
+    from hbxt_compress import bisection, show_quality
     from hbxt_compress.artifact import Artifact
-    from hbxt_compress.bisection import bisect as bisected
     from hbxt_compress.machine import Machine
     from hbxt_compress.store import Store
     from hbxt_compress.suite import load_suite
 
     recipe = Artifact.open(artifact, verify=True).manifest.recipe
     suite = load_suite(suite_name or _promised_suite(recipe))
-    found = bisected(artifact, suite, Store(store), machine=Machine(), model=model, n_clips=n_clips)
+    found = bisection.bisect(
+        artifact, suite, Store(store), machine=Machine(), model=model, n_clips=n_clips
+    )
     show_quality.bisection(found, as_json)
 
 

@@ -2,8 +2,7 @@
 
     <root>/<stage>/<key, 16 hex>/          one result, nothing but its own files
     <root>/<stage>/<key>.json              written last: the document whose sha256 is the key (why
-                                           the result exists), size and sha256 of every file, and
-                                           how long each piece took
+                                           the result exists), each file's size and sha256, times
     <root>/<stage>/<key>.partial/          being built, with a journal of what is finished; handed
                                            back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
@@ -42,15 +41,7 @@ from hbxt_compress.json_text import parse_json
 from hbxt_compress.machine import Machine
 from hbxt_compress.ranks import ALONE, Ranks
 
-__all__ = [
-    "Entry",
-    "Keyed",
-    "Missing",
-    "Peek",
-    "Store",
-    "Work",
-    "canonical",
-]
+__all__ = ["Entry", "Keyed", "Missing", "Peek", "Store", "Work", "canonical"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -230,12 +221,9 @@ class Store:
         return self.root / name / key, text
 
     def _build(
-        self,
-        stage: Callable[..., None],
-        arguments: Mapping[str, object],
-        folder: Path,
+        self, stage: Callable[..., None], arguments: Mapping[str, object], folder: Path,
         document: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         partial, ranks = _partial(folder), self.ranks
         resumed = _resume(folder) if ranks.leads else None
         ranks.barrier()
@@ -261,34 +249,31 @@ class Store:
             record = parse_json(_record(folder).read_text(encoding="utf-8"))
             content = {name: about["sha256"] for name, about in record["files"].items()}
             sizes = {name: about["size"] for name, about in record["files"].items()}
-            made_from = record["document"]
+            asked = record["document"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(
-                f"{_record(folder)}: damaged ({error!r:.100}); delete it to re-make {folder}"
-            ) from error
-        if made_from != json.loads(document):
-            raise StoreError(
-                f"{_record(folder)}: not what this key was made from; delete it and {folder}"
-            )
+            told = f"damaged ({error!r:.100}); delete it to re-make {folder}"
+            raise StoreError(f"{_record(folder)}: {told}") from error
+        if asked != json.loads(document):
+            told = f"not what this key was made from; delete it and {folder}"
+            raise StoreError(f"{_record(folder)}: {told}")
         bad = [
             name
             for name, size in sizes.items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != size
         ]
         if bad:
-            raise StoreError(
-                f"{folder}: {len(bad)} files missing or truncated; delete {_record(folder)} "
-                f"to re-make them:\n"
-                f"{listing(bad)}"
+            told = (
+                f"{len(bad)} files missing or truncated; delete {_record(folder)} to re-make them"
             )
+            raise StoreError(f"{folder}: {told}:\n{listing(bad)}")
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        n, stage = record["document"]["version"], folder.parent.name
+        stage, n = folder.parent.name, asked["version"]
         return Entry(folder=folder, stage=stage, key=folder.name, digest=digest, version=n)
 
 
-def _entries(values: Iterable[object]) -> tuple[Entry, ...]:
+def _entries(given: Iterable[object]) -> tuple[Entry, ...]:
     """The results among arguments, also those in a mapping."""
-    flat = [x for v in values for x in (v.values() if isinstance(v, Mapping) else (v,))]
+    flat = (x for v in given for x in (v.values() if isinstance(v, Mapping) else (v,)))
     return tuple(one for one in flat if isinstance(one, Entry))
 
 

@@ -257,7 +257,9 @@ GREEN_SHIFT = ColourShift(name="green_shift", channel=1, meaning="green is brigh
 BLUE_SHIFT = ColourShift(name="blue_shift", channel=2, meaning="blue is brighter or darker")
 CONTRAST = Contrast()
 SATURATION = Saturation()
-_ORDERS = {"".join("RGB"[c] for c in order): (order, 1) for order in permutations(range(3))}
+_ORDERS = {
+    "".join("RGB"[c] for c in (a, b, d)): ((a, b, d), 1) for a, b, d in permutations(range(3))
+}
 SWAPPED_CHANNELS = Remapped(
     name="swapped_channels",
     meaning="colour channels are swapped",

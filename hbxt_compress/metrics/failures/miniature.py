@@ -7,6 +7,7 @@ grain; with all distances at hand any order or speed is tried without another lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Self
 
 import numpy as np
@@ -31,8 +32,8 @@ def block_means(frames: np.ndarray, step: int) -> np.ndarray:
     n_rows, n_columns = frames.shape[1] // down, frames.shape[2] // across
     kept = frames[:, : n_rows * down, : n_columns * across]
     wide = np.uint16 if frames.dtype == np.uint8 and max(down, across) <= 257 else np.float32
-    rows = sum(kept[:, k::down].astype(wide) for k in range(down))
-    blocks = sum(rows[:, :, k::across].astype(np.float32) for k in range(across))
+    rows = reduce(np.add, (kept[:, k::down].astype(wide) for k in range(down)))
+    blocks = reduce(np.add, (rows[:, :, k::across].astype(np.float32) for k in range(across)))
     return np.asarray(blocks / np.float32(down * across))
 
 
