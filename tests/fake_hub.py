@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 __all__ = ["FakeHub", "fake_hub"]
@@ -86,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(content)
             hub.repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            hub.private = asked.get("private")
+            hub.private = asked.get("private", asked.get("visibility") == "private")
             hub.branches.setdefault("main", {".gitattributes": b"", "stale.bin": b"old"})
             return self._answer({"url": f"{hub.endpoint}/{hub.repo}", "name": hub.repo})
         if "/branch/" in path:
@@ -117,22 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({}, 200 if right else 400)
 
     def _modes(self, asked: dict) -> dict:
-        patterns = [
-            line.split()[0]
-            for line in (asked.get("gitAttributes") or "").splitlines()
-            if "filter=lfs" in line
-        ]
-        files = [
-            {
-                "path": one["path"],
-                "uploadMode": "lfs"
-                if any(fnmatch(one["path"], p) for p in patterns)
-                else "regular",
-                "shouldIgnore": False,
-                "oid": None,
-            }
-            for one in asked["files"]
-        ]
+        files = []
+        for path in (one["path"] for one in asked["files"]):
+            mode = "lfs" if path.endswith((".onnx", ".data")) else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None})
         return {"files": files}
 
     def _commit(self, files: dict[str, bytes], content: bytes) -> None:

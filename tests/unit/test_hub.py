@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from hbxt_compress import cli
 from hbxt_compress.errors import ArtifactError, UsageError
 from hbxt_compress.hub import look_through
 from hbxt_compress.release import release
 from tests.fake_artifact import make_artifact
-from tests.fake_hub import fake_hub
+from tests.fake_hub import FakeHub, fake_hub
 from tests.fake_report import write_report
 
 
@@ -26,16 +26,23 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "release"
 
 
-def _push(endpoint: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs `hbxt push` in a process of its own: the Hub's client reads its settings at import."""
-    own = {
-        "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "hbxt_compress", "push", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env={**os.environ, **own},
-    )  # fmt: skip
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that the client takes for the only one; HF_ENDPOINT says that at its import."""
+    with fake_hub() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        yield served
+
+
+def _push(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["push", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return int(caught.value.code or 0), out, err
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -43,38 +50,39 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_what_arrives_is_the_release_byte_for_byte(released: Path) -> None:
-    with fake_hub() as hub:
-        run = _push(hub.endpoint, released, "org/some", "--private")
-        assert run.returncode == 0, run.stderr
-        assert hub.repo == "org/some"
-        assert hub.private is True
-        assert hub.tokens == {"Bearer hf_mine"}
-        assert hub.branches["main"] == _content(released)
-        assert {len(one) for one in hub.stored.values()} >= {40}
-        assert "/commit/" in run.stdout
-        other = _push(hub.endpoint, released, "org/some", "--revision-branch", "v1")
-        assert other.returncode == 0, other.stderr
-        assert hub.branches["v1"] == hub.branches["main"]
+def test_what_arrives_is_the_release_byte_for_byte(
+    released: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _push(capsys, released, "org/some", "--private")
+    assert code == 0, err
+    assert (hub.repo, hub.private, hub.tokens) == ("org/some", True, {"Bearer hf_mine"})
+    assert hub.branches["main"] == _content(released)
+    assert {len(one) for one in hub.stored.values()} >= {40}  # weights went the way of large files
+    assert "/commit/" in out
+    code, _, err = _push(capsys, released, "org/some", "--revision-branch", "v1")
+    assert code == 0, err
+    assert hub.branches["v1"] == hub.branches["main"]
 
 
-def test_a_dry_run_asks_nobody(released: Path) -> None:
-    with fake_hub() as hub:
-        run = _push(hub.endpoint, released, "org/some", "--dry-run")
-        assert run.returncode == 0, run.stderr
-        assert hub.asked == []
-    assert "transformer/model.onnx.data" in run.stdout
-    assert "org/some, branch main" in run.stdout
-    assert "nothing was sent" in run.stdout
+def test_a_dry_run_asks_nobody(
+    released: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _push(capsys, released, "org/some", "--dry-run")
+    assert code == 0, err
+    assert hub.asked == []
+    for said in ("transformer/model.onnx.data", "org/some, branch main", "nothing was sent"):
+        assert said in out
 
 
-def test_a_hub_that_refuses_is_one_message(released: Path) -> None:
-    with fake_hub() as hub:
-        run = _push(f"{hub.endpoint}/nowhere", released, "org/some")
-    assert run.returncode == 1
-    assert "org/some: could not be uploaded" in run.stderr
-    assert "HF_TOKEN" in run.stderr
-    assert "Traceback" not in run.stderr
+def test_a_hub_that_refuses_is_one_message(
+    released: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(constants, "ENDPOINT", f"{hub.endpoint}/nowhere")
+    code, _, err = _push(capsys, released, "org/some")
+    assert code == 1
+    assert "org/some: could not be uploaded" in err
+    assert "HF_TOKEN" in err
 
 
 def test_only_releases_are_uploaded_and_only_whole_ones(released: Path, tmp_path: Path) -> None:
