@@ -21,7 +21,7 @@ _IN_A_BLOCK = re.compile(r"(?P<list>.+?)\.(?P<block>\d+)\.(?P<role>.+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One layer. text: its error in dB; level: 0, good, to 6, or None where nothing was lost.
+    """One layer. text: its error in dB, or else its format; level: 0, good, to 6, or None if so.
 
     title: all that is known of it in one line.
     """
@@ -107,17 +107,18 @@ def _levels(errors: Sequence[float]) -> tuple[int, int]:
 def _cell(layer: Mapping[str, object], start: int, step: int) -> Cell:
     name, error, fmt = str(layer["name"]), _error_db(layer), str(layer["format"])
     level = None if error is None else min(LEVELS - 1, math.floor((error - start) / step))
-    text = "kept" if fmt == "keep" else power_db(_number(layer.get("error")))
+    measured = _number(layer.get("error"))
+    text = power_db(measured) if measured is not None else "kept" if fmt == "keep" else fmt
     activations = str(layer.get("activations", "keep"))
-    told = [
-        "not measured" if text == "-" else "kept at 16 bit" if fmt == "keep" else f"error {text}",
-        fmt if activations == "keep" else f"{fmt} with {activations} input",
-    ]
-    if fmt == "keep":
-        told = told[:1]
+    told = ["kept as it is" if fmt == "keep" else fmt]
+    if activations != "keep":
+        told[0] += f" with {activations} input"
+    told.insert(
+        0 if measured is not None else 1, "no error" if measured is None else f"error {text}"
+    )
     if (held_out := _number(layer.get("held_out"))) is not None:
         told.append(f"{power_db(held_out)} on held-out prompts")
-    if (limit := _number(layer.get("limit_db"))) is not None and fmt != "keep":
+    if (limit := _number(layer.get("limit_db"))) is not None and measured is not None:
         told.append(f"{decibel(limit)} above the limit of its bits")
     told.append(f"{size(_bytes(layer, 'bytes_before'))} to {size(_bytes(layer, 'bytes_after'))}")
     told.append(str(layer.get("reason", "")))
@@ -153,7 +154,8 @@ def _of(row: Mapping[str, Cell]) -> Iterator[Cell]:
 
 def _grid(name: str, blocks: Mapping[str, Mapping[str, Cell]]) -> Grid:
     roles = tuple(dict.fromkeys(role for row in blocks.values() for role in row))
-    formats = {cell.format for row in blocks.values() for cell in _of(row) if cell.format != "keep"}
+    rounded = [cell for row in blocks.values() for cell in _of(row) if cell.level is not None]
+    formats = {cell.format for cell in rounded}
     return Grid(
         name=name,
         roles=roles,

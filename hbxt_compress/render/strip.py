@@ -23,6 +23,7 @@ KINDS = {
     "damage": "known damage",
     "seed": "unrelated clips",
 }
+_LETTER = 7.5  # its width where the page is narrow
 _WIDTH, _LABEL, _SAME, _FIRST, _LAST, _LANE = 400, 104, 122, 142, 330, 19
 _PERFECT_DB = 100.0  # where PSNR ends
 _LEAST = 1e-10
@@ -80,7 +81,11 @@ def _ticks(one: Measurement, low: float, high: float) -> list[tuple[float, str]]
         ticks = [tick for tick in round_ticks(low, high) if low <= tick <= high]
         return [(tick, f"{-tick + 0.0:g}") for tick in ticks]
     if one.direction == "higher":
-        return [(math.log10(tick), f"{1 - tick:.6g}") for tick in log_ticks(low, high)]
+        told = {
+            tick: f"{1 - tick:.6g}" if tick > 5e-5 else f"1-{tick:.0e}"
+            for tick in log_ticks(low, high)
+        }
+        return [(math.log10(tick), text) for tick, text in told.items()]
     return [(math.log10(tick), f"{tick:.3g}") for tick in log_ticks(low, high)]
 
 
@@ -100,10 +105,14 @@ def _svg(one: Measurement, lanes: Sequence[_Lane]) -> str:
     bottom = 8 + _LANE * len(lanes)
     told = "; ".join(f"{lane.name} {number(lane.mean)}" for lane in lanes)
     parts = [opening(_WIDTH, bottom + 18, f"{one.metric}, means: {told}", "chart strip")]
-    for tick, text in _ticks(one, low, high) if places else []:
+    taken = 0.0
+    for tick, text in sorted(_ticks(one, low, high)) if places else []:
         at = _FIRST + (_LAST - _FIRST) * (tick - low) / (high - low)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 13}" text-anchor="middle">{text}</text>')
+        half = _LETTER * len(text) / 2
+        if at - half >= taken:  # a label that would lie on the one before is left out
+            parts.append(f'<text x="{at:.1f}" y="{bottom + 13}" text-anchor="middle">{text}</text>')
+            taken = at + half
     if any(position(value) is None for value in all_values):
         parts.append(f'<line class="grid" x1="{_SAME}" x2="{_SAME}" y1="4" y2="{bottom}"/>')
         parts.append(f'<text x="{_SAME + 6}" y="{bottom + 13}" text-anchor="end">identical</text>')
@@ -172,4 +181,4 @@ def _place(one: Measurement, lanes: Sequence[_Lane]) -> str:
         return "The candidate is no farther than noise alone."
     if share >= 1:
         return "The candidate is as far as an unrelated clip."
-    return f"The candidate is {share:.0%} of the way from noise to an unrelated clip."
+    return f"The candidate is {100 * share:.0f} % of the way from noise to an unrelated clip."

@@ -172,7 +172,7 @@ def test_the_heat_map_is_read_by_keyboard(look: Look, shown: Shown) -> None:
     assert grid.locator('td[tabindex="0"]').count() == 1
     assert page.locator("#frame").input_value() == "0"  # arrows moved no clip
     page.locator("table.heat").nth(1).locator("td").first.click()
-    assert "transformer/patch_embedding: kept at 16 bit" in told.text_content()
+    assert "transformer/patch_embedding: kept as it is" in told.text_content()
 
 
 def test_tab_reaches_every_control_and_focus_is_seen(look: Look, shown: Shown) -> None:

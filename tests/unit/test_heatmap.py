@@ -80,10 +80,10 @@ def test_what_has_no_error_has_no_colour_but_a_word() -> None:
     ])  # fmt: skip
     cells = _cells(found)
     assert [(cells[f"t/{k}"].text, cells[f"t/{k}"].level) for k in "abcd"] == [
-        ("kept", None), ("exact", None), ("-", None), ("-20.0", 0),
+        ("kept", None), ("exact", None), ("int4-g64", None), ("-20.0", 0),
     ]  # fmt: skip
-    assert "kept at 16 bit" in cells["t/a"].title
-    assert "not measured" in cells["t/c"].title
+    assert cells["t/a"].title.startswith("t/a: kept as it is, no error,")
+    assert cells["t/c"].title.startswith("t/c: int4-g64, no error,")
     assert cells["t/d"].title == (
         "t/d: error -20.0 dB, int4-g64, -20.0 dB on held-out prompts, "
         "3.0 dB above the limit of its bits, 1.00 kB to 300 B, rule 2"
@@ -91,6 +91,12 @@ def test_what_has_no_error_has_no_colour_but_a_word() -> None:
 
 
 def test_formats_that_differ_are_named_cell_by_cell() -> None:
+    found = heat_map([
+        _layer("t/blocks.0.a", 0.1), _layer("t/blocks.1.a", 0.1),
+        _layer("t/blocks.1.b", None, "fp16"),
+    ])  # fmt: skip
+    assert found.components[0].grids[0].format == "int4-g64"
+    assert found.components[0].grids[0].cells[2].text == "fp16"
     found = heat_map([_layer("t/blocks.0.a", 0.1, "int8"), _layer("t/blocks.1.a", 0.1)])
     assert found.components[0].grids[0].format == ""
     assert not heat_map([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -48,20 +49,20 @@ _ERRORS = {"ulp": ("noise", (0.001, 0.001)), "seed": ("seed", (0.1, 0.1))}
 
 def test_an_error_lies_between_noise_and_unrelated_clips_by_its_logarithm() -> None:
     (one,) = strips(_report((0.01, 0.01), _ERRORS))  # type: ignore[arg-type]
-    assert one.place == "The candidate is 50% of the way from noise to an unrelated clip."
+    assert one.place == "The candidate is 50 % of the way from noise to an unrelated clip."
     at = _marks(one.svg)
     assert at["noise"] < at["candidate"] < at["seed"]
     assert at["candidate"] - at["noise"] == pytest.approx(at["seed"] - at["candidate"], abs=0.2)
     (twice,) = strips(_report((0.001 * 10**0.5,) * 2, _ERRORS))  # type: ignore[arg-type]
-    assert "25%" in twice.place
+    assert "25 %" in twice.place
 
 
 @pytest.mark.parametrize(
     ("unit", "direction", "noise", "own", "seed", "share"),
     [
-        ("dB", "higher", 60.0, 35.0, 10.0, "50%"),
-        ("", "higher", 0.9999, 0.99, 0.0, "50%"),
-        ("", "lower", 1e-4, 1e-3, 1.0, "25%"),
+        ("dB", "higher", 60.0, 35.0, 10.0, "50 %"),
+        ("", "higher", 0.9999, 0.99, 0.0, "50 %"),
+        ("", "lower", 1e-4, 1e-3, 1.0, "25 %"),
     ],
 )
 def test_worse_is_to_the_right_whatever_the_metric_calls_better(
@@ -119,6 +120,18 @@ def test_controls_stand_in_one_order_and_empty_ones_are_left_out() -> None:
     (one,) = strips(replace(report, controls=(*report.controls, gone)))
     assert list(_marks(one.svg)) == ["candidate", "noise", "damage", "seed"]
     assert "gone" not in one.svg
+
+
+def test_labels_of_ticks_do_not_lie_on_each_other() -> None:
+    near = {"ulp": ("noise", (1 - 3e-9, 1 - 1e-8)), "s": ("seed", (0.3,))}
+    (one,) = strips(_report((0.95, 0.99), near, "", "higher"))  # type: ignore[arg-type]
+    root = ElementTree.fromstring(one.svg)
+    ticks = [t for t in root.findall("text") if t.attrib.get("text-anchor") == "middle"]
+    spans = [(float(t.attrib["x"]), 3.5 * len(t.text or "")) for t in ticks]
+    assert len(spans) >= 2
+    assert all(b - b_half >= a + a_half for (a, a_half), (b, b_half) in pairwise(spans))
+    assert len({t.text for t in ticks}) == len(ticks)
+    assert "1-1e-0" in one.svg
 
 
 def test_only_fidelity_with_values_by_clip_has_a_strip() -> None:
