@@ -130,7 +130,7 @@ def test_the_reference_against_itself_gives_0(scenes: list[Scene]) -> None:
         clip = replace(scene.clip, latents=latents)
         for name, values in signals([(clip, clip)]).items():
             assert values[0] is not None or name in TIME, name
-            assert values[0] in (None, pytest.approx(0, abs=1e-9)), name
+            assert values[0] in (None, pytest.approx(0, abs=1e-3)), name  # float32
 
 
 SIGNS = [
