@@ -251,7 +251,7 @@ class SamplerSpec:
                 "shift": config.get("flow_shift", 1.0),
                 "solver_order": config.get("solver_order", 2),
                 "solver_type": config.get("solver_type", "bh2"),
-                "disable_corrector": tuple(cast(list[int], config.get("disable_corrector") or ())),
+                "disable_corrector": _as_tuple(config.get("disable_corrector") or ()),
             }
         else:
             raise SourceError(
@@ -297,6 +297,11 @@ class SamplerSpec:
         return _shifted(np.linspace(highest * n, lowest * n, self.n_steps) / n, self.shift)
 
 
+def _as_tuple(value: object) -> object:
+    """What JSON has lists for; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _type_problems(spec: SamplerSpec) -> Iterator[str]:
     """Fields that JSON gave another type; what they hold is looked at afterwards."""
 
@@ -312,7 +317,8 @@ def _type_problems(spec: SamplerSpec) -> Iterator[str]:
             yield from problem(name, Real, "a number")
     for name in ("solver", "solver_type"):
         yield from problem(name, str, "text")
-    if not all(isinstance(step, Integral) for step in spec.disable_corrector):
+    steps = spec.disable_corrector
+    if not isinstance(steps, tuple) or not all(isinstance(step, Integral) for step in steps):
         yield f"disable_corrector {spec.disable_corrector!r:.60}: must be whole numbers"
 
 

@@ -29,7 +29,7 @@ CLASSES: Final = {
 # what the classes of diffusers and transformers end with where a config makes no sense to them
 _UNFIT: Final = (
     TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError,
-    AssertionError,
+    AssertionError, UnboundLocalError,
 )  # fmt: skip
 _LIGHT: Final = "decoder"  # the folder of a decoder that goes before the VAE's own
 

@@ -72,9 +72,9 @@ def _dumped(document: Any, *, ascii_only: bool) -> bytes:
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """(container, key or index) of every value below the root."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
     if not isinstance(value, dict | list):
         return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, below in list(items):
         yield value, key
         if isinstance(below, dict | list):

@@ -208,6 +208,7 @@ def test_a_second_expert_is_needed_with_a_boundary(folder):
         ({"location": "../outside.bin"}, "lies outside the folder"),
         ({"location": "/outside.bin"}, "lies outside the folder"),
         ({"location": "other.bin"}, "which does not exist"),
+        ({"location": "a\0b"}, "lies outside the folder, in 'a\\x00b'"),
         ({"location": ""}, "lies outside the folder"),
     ],
 )

@@ -138,7 +138,7 @@ def _entry(**changes: object) -> dict[str, object]:
         (_entry(shape=[2**40, 2**40]), "is no tensor's size and place"),
         (_entry(data_offsets=[16, 0]), "F32 .4. at 16..0 is no tensor's"),
         (_entry(data_offsets=[-16, 0]), "is no tensor's size and place"),
-        (_entry(dtype=["F32"]), "holds dtypes ..'F32'.."),
+        (_entry(dtype=["F32"]), "holds dtypes .*F32"),
         (_entry(data_offsets=[4, 20]), "a begins at byte 4 of the data, expected 0"),
         (_entry() | {"b": _entry()["a"]}, "b begins at byte 0 of the data, expected 16"),
     ],

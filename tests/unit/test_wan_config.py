@@ -48,7 +48,7 @@ def test_the_micro_model_is_within_all_ranges(folder: Path) -> None:
         ("transformer/config.json", {"num_layers": "2"}, "num_layers: '2' is not a whole number"),
         ("transformer/config.json", {"patch_size": [1, 2]}, "patch_size: .1, 2. is not a list"),
         ("transformer/config.json", {"num_attention_heads": True}, "num_attention_heads: True"),
-        ("transformer/config.json", {"qk_norm": []}, "describes no WanTransformer3DModel"),
+        ("vae/config.json", {"dim_mult": []}, "describes no AutoencoderKLWan"),
         ("text_encoder/config.json", {"d_model": -1}, "d_model: -1 is not"),
         ("text_encoder/config.json", {"architectures": {}}, "describes None, expected UMT5"),
         ("vae/config.json", {"z_dim": 0}, "z_dim: 0 is not a whole number in 1..1024"),
@@ -64,7 +64,11 @@ def test_the_micro_model_is_within_all_ranges(folder: Path) -> None:
         ("model_index.json", {"_class_name": ["WanPipeline"]}, "_class_name is .'WanPipeline'"),
         ("scheduler/scheduler_config.json", {"flow_shift": "3"}, "shift '3': must be a number"),
         ("scheduler/scheduler_config.json", {"solver_order": []}, "solver_order .* whole number"),
-        ("scheduler/scheduler_config.json", {"disable_corrector": 1}, "UniPC"),
+        (
+            "scheduler/scheduler_config.json",
+            {"disable_corrector": 1},
+            "disable_corrector 1: must be",
+        ),
     ],
 )
 def test_numbers_that_no_model_has_are_named(
@@ -73,7 +77,7 @@ def test_numbers_that_no_model_has_are_named(
     source = _with(folder, name, **changes)
     with pytest.raises(SourceError, match=problem) as refused:
         _read_all(source)
-    assert Path(name).name in str(refused.value) or "UniPC" in str(refused.value)
+    assert Path(name).name in str(refused.value)
 
 
 def test_all_of_a_files_problems_are_named_at_once(folder: Path) -> None:
