@@ -47,7 +47,8 @@ class Damage:
     """A failure. make gives frames or a clip, None where the scene cannot show it.
 
     visible: the strength that a person sees. caught_by: one of these detectors must say so. alone:
-    one such clip among others is a failure.
+    one such clip among others is a failure. by_content: how much it changes depends on the scene
+    (on its motion, say), so that it must change more than 4 bits do to be seen there.
     """
 
     make: Make
@@ -55,6 +56,7 @@ class Damage:
     visible: float
     caught_by: tuple[str, ...]
     alone: bool = False
+    by_content: bool = False
 
 
 # ------------------------------------------------------------------------------------------ scenes
@@ -94,7 +96,8 @@ def _soft(clip: np.ndarray) -> np.ndarray:
 
 def filmed(folder: Path, size: int = 96, cuts: int = 2) -> list[Scene]:
     """Cuts of the videos of a folder: centre crop, size x size x 17; each is cut at most `cuts`
-    times, and every second frame is taken, so that times between frames are known.
+    times, and every second frame is taken, so that times between frames are known. Fades from
+    black, which show nothing yet, are left out.
     """
     found: list[tuple[Clip, np.ndarray]] = []
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".mp4", ".mkv"))
@@ -104,7 +107,7 @@ def filmed(folder: Path, size: int = 96, cuts: int = 2) -> list[Scene]:
         span = 2 * (N_FRAMES + 3)
         for k in range(max(1, min(cuts, len(film) // span))):
             part = film[k * span : (k + 1) * span]
-            if len(part) >= 2 * N_FRAMES:
+            if len(part) >= 2 * N_FRAMES and np.median(part.std(axis=(1, 2, 3))) >= 20:
                 clip = Clip(frames=part[: 2 * N_FRAMES : 2], prompt=path.stem, seed=k, fps=12.0)
                 found.append((clip, part))
     clips = [clip for clip, _ in found]
@@ -419,17 +422,17 @@ FAILURES: Final[Mapping[str, Damage]] = {
     "black": Damage(_black, (0.1, 1.0), 0.1, ("black",), alone=True),
     "constant": Damage(_constant, (0.1, 1.0), 0.1, ("constant",), alone=True),
     "non-finite latents": Damage(_non_finite, (0.001,), 0.001, ("non_finite",), alone=True),
-    "frozen": Damage(_frozen, (0.25, 0.5, 1.0), 0.5, ("frozen",), alone=True),
-    "slow motion": Damage(_speed, (0.95, 0.9, 0.8), 0.9, ("slow_motion",)),
-    "fast motion": Damage(_speed, (1.05, 1.1), 1.1, ("slow_motion",)),
+    "frozen": Damage(_frozen, (0.25, 0.5, 1.0), 0.5, ("frozen",), alone=True, by_content=True),
+    "slow motion": Damage(_speed, (0.95, 0.9, 0.8), 0.9, ("slow_motion",), by_content=True),
+    "fast motion": Damage(_speed, (1.05, 1.1), 1.1, ("slow_motion",), by_content=True),
     "flicker": Damage(_flicker, (1.5, 3.0), 3.0, ("flicker",)),
     "local flicker": Damage(_local_flicker, (2.0, 4.0), 4.0, ("local_flicker",)),
     "brighter": Damage(_shift, (2.0, 4.0), 4.0, _SHIFTS),
     "darker": Damage(_shift, (-2.0, -4.0), -4.0, _SHIFTS),
     "one channel shifted": Damage(_channel_shift, (2.0, 4.0), 4.0, _SHIFTS),
     "limited range": Damage(_contrast, (0.93, 0.86), 0.86, ("contrast",)),
-    "pale": Damage(_saturation, (0.9, 0.8), 0.8, ("saturation",)),
-    "blur": Damage(_blur, (0.6, 1.0, 1.5), 1.0, ("blur",)),
+    "pale": Damage(_saturation, (0.9, 0.8), 0.8, ("saturation",), by_content=True),
+    "blur": Damage(_blur, (0.6, 1.0, 1.5), 1.0, ("blur",), by_content=True),
     "sharpened": Damage(_sharpen, (0.5, 1.0), 1.0, ("blur",)),
     "seams": Damage(_seams, (2.0, 4.0), 4.0, ("seams",), alone=True),
     "seam lines": Damage(_lines, (3.0, 6.0), 6.0, ("seams",), alone=True),
@@ -442,13 +445,21 @@ FAILURES: Final[Mapping[str, Damage]] = {
     "first frame, fading": Damage(
         _first_frame_then_fade, (0.6, 0.3), 0.3, ("first_frame_only",), alone=True
     ),
-    "shuffled frames": Damage(_shuffle, (1.5, 3.0, 17.0), 3.0, ("frame_shuffle",), alone=True),
-    "dropped frame": Damage(_dropped, (1.0, 2.0), 1.0, ("dropped_frame",), alone=True),
-    "doubled frame": Damage(_inserted, (1.0, 2.0), 1.0, ("dropped_frame",), alone=True),
-    "repeated frame": Damage(_repeated, (1.0, 2.0), 1.0, ("repeated_frame",), alone=True),
+    "shuffled frames": Damage(
+        _shuffle, (1.5, 3.0, 17.0), 3.0, ("frame_shuffle",), alone=True, by_content=True
+    ),
+    "dropped frame": Damage(
+        _dropped, (1.0, 2.0), 1.0, ("dropped_frame",), alone=True, by_content=True
+    ),
+    "doubled frame": Damage(
+        _inserted, (1.0, 2.0), 1.0, ("dropped_frame",), alone=True, by_content=True
+    ),
+    "repeated frame": Damage(
+        _repeated, (1.0, 2.0), 1.0, ("repeated_frame",), alone=True, by_content=True
+    ),
     "one step early": Damage(_one_step_early, (0.5, 1.0), 1.0, ("off_by_one_step",), alone=True),
     "noise left": Damage(_residue, (3.0, 6.0), 6.0, ("grain",)),
     "uint8 wrap": Damage(_wrap, (0.001, 0.003), 0.003, ("uint8_wrap",), alone=True),
     "inverted": Damage(_inverted, (1.0,), 1.0, ("inverted",), alone=True),
-    "RGB as BGR": Damage(_bgr, (1.0,), 1.0, ("swapped_channels",), alone=True),
+    "RGB as BGR": Damage(_bgr, (1.0,), 1.0, ("swapped_channels",), alone=True, by_content=True),
 }

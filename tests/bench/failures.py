@@ -27,7 +27,7 @@ from corpus import HONEST, Damage, Scene, drawn, filmed, generated
 from markdown_table import markdown_table
 
 from hbxt_compress.clips import Clip, ClipSet
-from hbxt_compress.metrics.failures import FAILURES, find, signals
+from hbxt_compress.metrics.failures import FAILURES, Finding, find, signals
 from hbxt_compress.metrics.pixels import psnr
 
 __all__ = ["caught", "false_alarms", "measured", "seen"]
@@ -69,7 +69,8 @@ def measured(
         if made is None:
             continue
         clip = made if isinstance(made, Clip) else replace(scene.clip, frames=made)
-        visible.append(isinstance(made, Clip) or seen(scene.frames, clip.frames))
+        always = isinstance(made, Clip) or (damage is not None and not damage.by_content)
+        visible.append(always or seen(scene.frames, clip.frames))
         pairs.append((scene.clip, honest(clip, kinds[rng.integers(len(kinds))], rng)))
     return {n: [FAILURES[n].signal(*pair) for pair in pairs] for n in names}, visible
 
@@ -89,6 +90,18 @@ def _sets(pool: Signals, name: str, n_trials: int) -> Iterator[Signals]:
         yield _picked(pool, _rng(name, trial).choice(n, N_IN_SET, replace=n < N_IN_SET).tolist())
 
 
+def _found(chosen: Signals, trial: int) -> list[Finding]:
+    """Findings on what is beyond a tolerance or an alarm; the rest passes, and is left out."""
+    beyond = {}
+    for name, values in chosen.items():
+        sizes = [value for value in values if value is not None]
+        alarm = FAILURES[name].alarm
+        alone = alarm is not None and any(abs(value) > alarm for value in sizes)
+        if sizes and (alone or abs(float(np.mean(sizes))) > FAILURES[name].tolerance):
+            beyond[name] = values
+    return find(beyond, trial)
+
+
 def caught(
     damaged: Mapping[str, list[float | None]],
     good: Mapping[str, list[float | None]],
@@ -102,7 +115,7 @@ def caught(
     """
     damaged, good = ({n: pool[n] for n in damage.caught_by} for pool in (damaged, good))
     whole = [
-        any(one.outcome == "fail" for one in find(chosen, trial))
+        any(one.outcome == "fail" for one in _found(chosen, trial))
         for trial, chosen in enumerate(_sets(damaged, "all", n_trials))
     ]
     apt = np.flatnonzero(visible)
@@ -114,7 +127,7 @@ def caught(
         at, row = int(rng.integers(N_IN_SET)), int(apt[rng.integers(len(apt))])
         for name, values in chosen.items():
             values[at] = damaged[name][row]
-        alone.append(any(at in one.clips for one in find(chosen, trial)))
+        alone.append(any(at in one.clips for one in _found(chosen, trial)))
     return 100 * float(np.mean(whole)), 100 * float(np.mean(alone))
 
 
@@ -122,7 +135,7 @@ def false_alarms(good: Signals, n_trials: int) -> tuple[float, float, dict[str, 
     """Percent of sets in which anything fires, or is undecided; how often each detector did."""
     fired, unsure, by = 0, 0, dict.fromkeys(good, 0)
     for trial, chosen in enumerate(_sets(good, "honest", n_trials)):
-        found = find(chosen, trial)
+        found = _found(chosen, trial)
         names = [one.failure for one in found if one.outcome == "fail"]
         for name in names:
             by[name] += 1

@@ -35,7 +35,8 @@ __all__ = [
     "Uint8Wrap",
 ]
 
-_SAME = 25.0  # levels squared that a map changes
+_WRAP = 150  # levels between light and what an overflow leaves
+_SAME = 8.0  # levels squared that a map changes
 _LEAST = 3.0  # levels of contrast or colour, of which a share can be told
 _BLOCK = 4  # pixels; means over blocks are what noise leaves alone
 # Levels of 255: the mean of a frame that is called black and of one that surely is not, and the
@@ -224,12 +225,9 @@ class Uint8Wrap:
 
 
 def _overflowed(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Bool T H W 3: dark spots that lie in light, and where the reference never is dark."""
-    spots = (right > 170) & (wrong < right - 170)
-    if not spots.any():
-        return spots
-    darkest = ~_widest(~right.min(axis=0, keepdims=True))
-    return np.asarray(spots & (_closed(wrong) > 170) & (darkest > 100))
+    """Bool T H W 3: dark spots that lie in light, where the reference is light."""
+    spots = (right > _WRAP) & (wrong < right - _WRAP)
+    return np.asarray(spots & (_closed(wrong) > _WRAP)) if spots.any() else spots
 
 
 def _closed(frames: np.ndarray) -> np.ndarray:

@@ -102,13 +102,13 @@ class LocalFlicker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seams:
-    """Straight steps along tile borders in candidate less reference, where both are smooth."""
+    """Straight steps along tile borders in candidate less reference, which no moved edge makes."""
 
     name: str = "seams"
     meaning: str = "borders of tiles are seen"
     unit: str = "levels of 255"
-    tolerance: float = 0.8
-    alarm: float | None = 2.0
+    tolerance: float = 0.5
+    alarm: float | None = 1.3
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """The step at the borders of the most likely tiling, less that of their neighbours.
@@ -122,29 +122,19 @@ class Seams:
 
 
 _RUN = 8  # pixels of a border whose step has one sign
-_EDGE, _STEP = 6.0, 24.0  # levels: a step this large in the reference, or at all, is the picture's
-_REACH = 2  # pixels from an edge that moved
+_MOST_FRAMES = 16  # looked at, for borders stay where they are
+_MOVED = 0.15  # pixels by which the picture may be moved, so that its edges step too
 
 
 def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     """The step across columns, of T H W."""
-    step, own = np.diff(wrong, axis=2), np.diff(right, axis=2)
-    edge = np.pad(np.abs(own) >= _EDGE, ((0, 0), (0, 0), (_REACH, _REACH)))
-    near = np.any([edge[:, :, k : k + own.shape[2]] for k in range(2 * _REACH + 1)], axis=0)
-    smooth = ~near & (np.abs(step) < _STEP)
-    n_runs = right.shape[1] // _RUN
-
-    def runs(values: np.ndarray) -> np.ndarray:
-        over_time = values.sum(axis=0, dtype=np.float32)[: n_runs * _RUN]
-        return over_time.reshape(n_runs, _RUN, -1).sum(axis=1)
-
-    n_smooth = runs(smooth)
-    means = runs((step - own) * smooth) / np.maximum(n_smooth, 1)
-    known = n_smooth >= 0.5 * _RUN * len(right)
-    energy = np.where(known, means**2, np.nan)
-    # A border runs through the frame: as strong as in its weaker runs, where three are known.
-    energy[:, known.sum(axis=0) < 3] = 0
-    profile = np.nanquantile(energy, 0.3, axis=0)
+    own = np.diff(right, axis=2)
+    came = _middle(np.diff(wrong, axis=2) - own)
+    edge = np.pad(_middle(np.abs(own)), ((0, 0), (1, 1)))
+    edge = np.max([edge[:, :-2], edge[:, 1:-1], edge[:, 2:]], axis=0)
+    energy = np.maximum(came**2 - (_MOVED * edge) ** 2, 0)
+    # A border runs through the frame: it is as strong as in its weaker runs.
+    profile = np.quantile(energy, 0.4, axis=0)
     padded = np.pad(profile, 3, mode="reflect")
     around = np.median([padded[k : k + len(profile)] for k in (0, 1, 2, 4, 5, 6)], axis=0)
     width = right.shape[2]
@@ -155,6 +145,15 @@ def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     return float(np.sqrt(best))
 
 
+def _middle(steps: np.ndarray) -> np.ndarray:
+    """Medians over time and runs of rows, of steps T H W: float64, runs W."""
+    every = -(-len(steps) // _MOST_FRAMES)
+    n_runs = steps.shape[1] // _RUN
+    kept = steps[::every, : n_runs * _RUN]
+    kept = kept.reshape(len(kept), n_runs, _RUN, -1).transpose(1, 3, 0, 2)
+    return np.median(kept.reshape(n_runs, kept.shape[1], -1), axis=-1).astype(np.float64)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grain:
     """Fine texture in the places where the reference is smooth."""
@@ -162,7 +161,7 @@ class Grain:
     name: str = "grain"
     meaning: str = "smooth places have more or less grain, as when denoising ends early"
     unit: str = "levels of 255"
-    tolerance: float = 1.6
+    tolerance: float = 2.0
     alarm: float | None = 10.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
