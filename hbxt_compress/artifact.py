@@ -13,7 +13,6 @@ and so do those for tiles of a frame (model_tile_first_256x256.onnx, model_tile_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,7 +28,9 @@ from hbxt_compress.file_records import (
     record,
     record_problems,
     sealed,
+    sha256_of,
 )
+from hbxt_compress.json_text import parse_json
 from hbxt_compress.manifest import REMEDY, FileRecord, Manifest
 from hbxt_compress.released import is_note, released_beside
 
@@ -44,6 +45,11 @@ class Artifact:
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Digest of the manifest's bytes, which name those of every other file."""
+        return sha256_of(self.folder / MANIFEST)
 
     def key(self) -> dict[str, object]:
         """What stands for this artifact in a result's key: its manifest, which hashes its files."""
@@ -100,7 +106,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}: not an artifact, it has no {MANIFEST}; {REMEDY}")
     try:
         content = path.read_bytes()
-        document = json.loads(content)
+        document = parse_json(content)
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON ({error}); {REMEDY}") from error
     sealed_too = (

@@ -6,8 +6,8 @@ dict, perhaps among others of a training run. Pickled objects other than tensors
 
 from __future__ import annotations
 
-import json
 import pickle
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hbxt_compress.errors import SourceError, UsageError, listing
+from hbxt_compress.json_text import read_json
 from hbxt_compress.weights import DTYPES, Weights
 
 __all__ = ["Checkpoint", "Stored", "bare"]
@@ -29,6 +30,11 @@ _WRAPPERS: Final = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_or
 _PREFIXES: Final = (
     "model.", "diffusion_model.", "generator.", "generator_ema.", "state_dict.", "module.",
     "transformer.", "base_model.",
+)  # fmt: skip
+# what a damaged archive, or a damaged pickle within it, ends torch.load with
+_DAMAGED: Final = (
+    RuntimeError, ValueError, EOFError, AssertionError, AttributeError, KeyError, IndexError,
+    TypeError, OverflowError, MemoryError, struct.error, ModuleNotFoundError,
 )  # fmt: skip
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -110,11 +116,14 @@ def _files(path: Path) -> list[Path]:
                           + listing(names))  # fmt: skip
     if indices:
         try:
-            files = {
-                path / name for name in json.loads(indices[0].read_text())["weight_map"].values()
-            }
+            named = set(read_json(indices[0])["weight_map"].values())
+            if not named or any(Path(name).name != name or "\0" in name for name in named):
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise SourceError(f"{indices[0]}: not an index of safetensors files") from None
+            raise SourceError(
+                f"{indices[0]}: not an index of safetensors files in this folder"
+            ) from None
+        files = {path / name for name in named}
         if missing := sorted(file.name for file in files if not file.is_file()):
             raise SourceError(f"{path}: files that {indices[0].name} names are missing; download "
                               f"them again:\n{listing(missing)}")  # fmt: skip
@@ -145,8 +154,8 @@ def _pickled(file: Path) -> dict[str, Stored]:
             f"{file}: holds objects that are no tensors, which could run code and are not loaded; "
             "save its state dict alone, or as .safetensors"
         ) from None
-    except (RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except _DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise SourceError(
             f"{file}: damaged, or not written by torch 1.6 or later ({reason}); download it again, "
             "or save it as .safetensors"

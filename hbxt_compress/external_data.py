@@ -72,7 +72,7 @@ def external_data_problems(path: Path) -> list[str]:
     for tensor in tensors:
         where = f"{path.name}: tensor {tensor.name!r}"
         data = path.parent / tensor.location
-        if not tensor.location or not data.resolve().is_relative_to(folder):
+        if not tensor.location or not _inside(data, folder):
             problems.append(f"{where} lies outside the folder, in {tensor.location!r}")
         elif not data.is_file():
             problems.append(f"{where} lies in {tensor.location}, which does not exist")
@@ -85,6 +85,13 @@ def external_data_problems(path: Path) -> list[str]:
                     f"which has {size}"
                 )
     return problems
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (ValueError, RuntimeError):  # a NUL in its name, a link that leads to itself
+        return False
 
 
 def _tensors(view: memoryview, start: int, end: int, kind: str) -> Iterator[ExternalTensor]:

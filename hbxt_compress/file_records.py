@@ -58,9 +58,12 @@ def record_problems(
 def is_inside(folder: Path, path: str) -> bool:
     """Whether a recorded path, links followed, stays in the folder."""
     pure = PurePosixPath(path)
-    if not path or "\\" in path or pure.is_absolute() or ".." in pure.parts:
+    if not path or {"\\", "\0"} & set(path) or pure.is_absolute() or ".." in pure.parts:
         return False
-    return (folder / path).resolve().is_relative_to(folder.resolve())
+    try:
+        return (folder / path).resolve().is_relative_to(folder.resolve())
+    except RuntimeError:  # a link that leads to itself
+        return False
 
 
 def paths_under(folder: Path) -> list[str]:

@@ -14,6 +14,16 @@ from hbxt_compress.errors import SourceError
 __all__ = ["timed_frames", "video_seconds"]
 
 _NOW_S = 1e-4  # time stamps are whole numbers of ticks, frame rates are not
+# FFmpeg's own errors, no video stream, rates of 0 and time bases of none, sizes beyond memory
+_UNREADABLE = (
+    OSError,
+    FFmpegError,
+    IndexError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+    MemoryError,
+)
 _RATE_FPS = 25  # of a video that tells neither its rate nor its frames' times
 
 
@@ -21,13 +31,13 @@ def video_seconds(path: Path) -> float:
     """How long a file's first video stream lasts, from its packets alone; nothing is decoded."""
     times: list[float] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = container.streams.video[0]
             frame_s = 1 / float(stream.average_rate or _RATE_FPS)
             for packet in container.demux(stream):
                 if packet.pts is not None:
                     times.append(float(packet.pts * packet.time_base))
-    except (OSError, FFmpegError, IndexError) as error:
+    except _UNREADABLE as error:
         raise SourceError(f"{path}: not a readable video ({error})") from error
     return max(times) - min(times) + frame_s if times else 0.0
 
@@ -43,7 +53,7 @@ def timed_frames(
     n_given = 0
     shown: av.VideoFrame | None = None
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             for at_s, frame in _timed(container):
                 until = (at_s - start_s - _NOW_S) * fps
                 while shown is not None and n_given < n_frames and n_given < until:
@@ -52,7 +62,7 @@ def timed_frames(
                 if n_given == n_frames:
                     return
                 shown = frame
-    except (OSError, FFmpegError, IndexError) as error:
+    except _UNREADABLE as error:
         raise SourceError(f"{path}: not a readable video ({error})") from error
     if n_given < n_frames:
         raise SourceError(

@@ -79,13 +79,26 @@ class Depth:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a rule's pattern selects a layer: `*` any run of characters, `{a,b}` alternatives."""
+    """Whether a rule's pattern selects a layer: `*` any run of characters, `{a,b}` alternatives.
+
+    Raises:
+        ValueError: braces that do not close, or more stars than any name needs.
+    """
     return _compiled(pattern).fullmatch(name) is not None
+
+
+_MOST_STARS, _MOST_CHARACTERS = 5, 1000  # matching takes time that grows with each star
 
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     out, depth = [], 0
+    pattern = re.sub(r"\*+", "*", pattern)
+    if len(pattern) > _MOST_CHARACTERS or pattern.count("*") > _MOST_STARS:
+        raise ValueError(
+            f"pattern {pattern[:60]!r}: has {pattern.count('*')} stars and {len(pattern)} "
+            f"characters, at most {_MOST_STARS} and {_MOST_CHARACTERS} will do"
+        )
     for character in pattern:
         if character == "*":
             out.append(".*")

@@ -8,7 +8,6 @@ code, or kohya's with underscores. `diff` adds to a whole tensor and `diff_b` to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from hbxt_compress import disk
 from hbxt_compress.checkpoint import Checkpoint, Stored, bare
 from hbxt_compress.errors import SourceError, listing
+from hbxt_compress.json_text import parse_json
 
 __all__ = ["Lora"]
 
@@ -129,9 +129,11 @@ def _misfits(part: Mapping[_Kind, Stored], shape: tuple[int, ...]) -> list[str]:
     if (down is None) != (up is None):
         found.append(f"half a pair, only lora_{'A' if up is None else 'B'}")
     elif down is not None and up is not None:
-        product = (up.shape[0], *down.shape[1:])
+        product = (*up.shape[:1], *down.shape[1:])
         ones = all(n == 1 for n in up.shape[2:])
-        if len(shape) < 2 or product != shape or up.shape[1:2] != down.shape[:1] or not ones:
+        if not down.shape[:1] or not down.shape[0]:
+            found.append("a pair of rank 0")
+        elif len(shape) < 2 or product != shape or up.shape[1:2] != down.shape[:1] or not ones:
             found.append(f"{list(up.shape)} times {list(down.shape)} does not make {list(shape)}")
     elif "alpha" in part:
         found.append("an alpha without lora_A and lora_B")
@@ -149,24 +151,27 @@ def _default_alpha(path: Path) -> float | None:
     """The alpha that stands beside the tensors: in diffusers' metadata or in peft's own file."""
     config: dict[str, object] = {}
     if path.name == _BESIDE[0] and (beside := path.with_name(_BESIDE[1])).is_file():
-        config = _object(beside, beside.read_text(encoding="utf-8"))
+        config = _object(beside, beside.read_bytes())
     elif path.suffix == ".safetensors":
         with disk.reading(path), path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        text = header.get("__metadata__", {}).get("lora_adapter_metadata", "{}")
+            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
+        told = header.get("__metadata__", {})
+        if not isinstance(told, dict) or not all(isinstance(one, str) for one in told.values()):
+            raise SourceError(f"{path}: its __metadata__ is not text by name; save it again")
+        text = told.get("lora_adapter_metadata", "{}")
         config = {key.removeprefix("transformer."): v for key, v in _object(path, text).items()}
     if unlike := [f"{key}: {config[key]!r}" for key in _UNLIKE if config.get(key)]:
         raise SourceError(f"{path}: its configuration asks for what is not merged here:\n"
                           + listing(unlike))  # fmt: skip
     alpha = config.get("lora_alpha")
-    if alpha is not None and not isinstance(alpha, int | float):
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise SourceError(f"{path}: lora_alpha is {alpha!r}, expected a number")
     return alpha
 
 
-def _object(path: Path, text: str) -> dict[str, object]:
+def _object(path: Path, text: str | bytes) -> dict[str, object]:
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
         raise SourceError(f"{path}: its configuration is not valid JSON ({error})") from None
     if not isinstance(document, dict):

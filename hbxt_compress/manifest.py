@@ -210,6 +210,9 @@ class Manifest:
         return cls(**values)  # type: ignore[arg-type]
 
 
+_MOST_TOKENS, _MOST_CHANNELS = 1 << 16, 1 << 10
+_MOST_PIXELS = {"height": 1 << 14, "width": 1 << 14, "n_frames": 1 << 16, "fps": 1000}
+
 # Reading the document: every key of every record, with the types JSON may give it.
 _NUMBER = (int, float)
 _TYPES: Mapping[type, Mapping[str, type | tuple[type, ...]]] = {
@@ -260,6 +263,19 @@ def _manifest_problems(document: object) -> Iterator[str]:
         yield "buckets: none, needed is one clip size at least"
     for i, bucket in enumerate(document["buckets"]):
         yield from _bucket_problems(bucket, document, f"buckets[{i}].")
+    if not 1 <= document["text_length"] <= _MOST_TOKENS:
+        yield f"text_length: {document['text_length']} is not 1..{_MOST_TOKENS}"
+    source = document["source"]
+    files = source.get("files")
+    if not isinstance(source.get("model"), str):
+        yield "source.model: not text"
+    if not isinstance(files, Mapping) or not all(isinstance(one, str) for one in files.values()):
+        yield "source.files: not texts by name"
+    if not isinstance(document["recipe"].get("document"), Mapping):
+        yield "recipe.document: not an object"
+    for i, record in enumerate(document["layers"]):
+        if not all(type(n) is int for n in record["shape"]):
+            yield f"layers[{i}].shape: not whole numbers"
 
 
 def _target_problems(record: object, where: str) -> Iterator[str]:
@@ -288,9 +304,19 @@ def _bucket_problems(bucket: object, document: Mapping[str, Any], where: str) ->
     if len(shape) != 4 or not all(type(n) is int and n > 0 for n in shape):
         yield f"{where}latent_shape: {list(shape)} is not four positive whole numbers C T H W"
         return
+    clip = bucket["geometry"]
+    if not all(1 <= clip[k] <= most for k, most in _MOST_PIXELS.items()) or clip["fps"] <= 0:
+        limits = ", ".join(f"{key} 1..{most}" for key, most in _MOST_PIXELS.items())
+        yield f"{where}geometry: {dict(clip)!r:.120} is not {limits}, and fps above 0"
+        return
+    factor = clip["height"] // shape[2]
+    if (clip["height"], clip["width"]) != (factor * shape[2], factor * shape[3]):
+        yield f"{where}latent_shape: {list(shape)} does not divide {clip['height']}x{clip['width']}"
+        return
+    if shape[1] > clip["n_frames"] or shape[0] > _MOST_CHANNELS:
+        yield f"{where}latent_shape: {list(shape)} is more than {clip['n_frames']} frames hold"
     if bucket["tile"] is not None:
-        frame = bucket["geometry"]["height"], bucket["geometry"]["width"]
-        factor = max(1, frame[0] // shape[2])
+        frame = clip["height"], clip["width"]
         yield from (f"{where}tile.{p}" for p in Tile(**bucket["tile"]).problems(frame, factor))
     for name in ("latents_mean", "latents_std"):
         numbers = document[name]

@@ -33,7 +33,9 @@ _METADATA = ("metadata.csv", "metadata.jsonl")  # as the `videofolder` of `datas
 _FILE_NAME = "file_name"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
-PromptText = Annotated[str, Field(min_length=1, max_length=4000)]
+_MOST_CHARACTERS = 4000
+_MOST_ROWS, _MOST_BYTES = 1_000_000, 1 << 28  # of a parquet file, whose few kB may hold terabytes
+PromptText = Annotated[str, Field(min_length=1, max_length=_MOST_CHARACTERS)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -169,24 +171,41 @@ def _texts(path: Path, rows: Rows) -> tuple[str, ...]:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != rows.sha256:
         raise RecipeError(f"{path}: rows.sha256: {file} has {digest}, not {rows.sha256}")
-    table = _table(file, rows.column)
+    end = rows.first + rows.count
+    parquet = file.suffix == ".parquet"
+    table = _parquet(file, rows.column, end) if parquet else _table(file, rows.column)
     if rows.column not in table:
         raise RecipeError(f"{path}: rows.column: {file} has {list(table)}, not {rows.column!r}")
-    texts, end = table[rows.column], rows.first + rows.count
+    texts = table[rows.column]
     if end > len(texts):
-        raise RecipeError(f"{path}: rows: wants rows {rows.first}..{end - 1} of {len(texts)}")
+        raise RecipeError(
+            f"{path}: rows: wants rows {rows.first}..{end - 1} of {len(texts)} in {file}"
+        )
+    wrong = [
+        f"row {i}: {text!r:.60}"
+        for i, text in enumerate(texts[rows.first : end], start=rows.first)
+        if not isinstance(text, str) or not 1 <= len(text) <= _MOST_CHARACTERS
+    ]
+    if wrong:
+        raise RecipeError(
+            f"{path}: rows: {file} has {len(wrong)} that are no text of 1..{_MOST_CHARACTERS} "
+            f"characters:\n{listing(wrong)}"
+        )
     return tuple(str(text) for text in texts[rows.first : end])
 
 
 def _with_clips(path: Path, found: PromptSet, clips: Clips) -> PromptSet:
     """The set with every clip found and hashed."""
-    folder = (path.parent / clips.folder).resolve()
+    try:
+        folder = (path.parent / clips.folder).resolve()
+    except (ValueError, RuntimeError) as error:  # a NUL in its name, a link to itself
+        raise RecipeError(f"{path}: clips.folder: {clips.folder!r}: {error}") from None
     if not folder.is_dir():
         raise RecipeError(f"{path}: clips.folder: {folder} does not exist")
     problems, files = [], list[ClipFile]()
     for wanted in clips.files or _listed(path, folder, clips.column):
         file = folder / wanted.file
-        if not file.is_file() or not file.resolve().is_relative_to(folder):
+        if not file.is_file() or not file.resolve().is_relative_to(folder):  # no loop: it is a file
             problems.append(f"{wanted.file}: no such file in {folder}")
             continue
         with file.open("rb") as stream:
@@ -235,17 +254,17 @@ def _listed(path: Path, folder: Path, column: str) -> tuple[ClipFile, ...]:
 
 
 def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
-    """The columns of a .csv, .jsonl or .parquet file, or the lines of a text file as `column`."""
+    """The columns of a .csv or .jsonl file, or the lines of a text file as `column`."""
     import datasets  # heavy, and only sets that name a file need it
 
     readers = {
         ".csv": datasets.Dataset.from_csv,
         ".jsonl": datasets.Dataset.from_json,
-        ".parquet": datasets.Dataset.from_parquet,
     }
     read = readers.get(file.suffix, datasets.Dataset.from_text)
-    silent = datasets.are_progress_bars_disabled()
+    silent, loudness = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()  # reading a list of names is no progress worth a bar
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told here
     try:
         with tempfile.TemporaryDirectory() as cache:
             table = read(str(file), cache_dir=cache, keep_in_memory=True)
@@ -253,10 +272,37 @@ def _table(file: Path, column: str = "text") -> Mapping[str, list[object]]:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecipeError(f"{file}: not readable as {file.suffix} ({reason})") from None
     finally:
+        datasets.logging.set_verbosity(loudness)
         if not silent:
             datasets.enable_progress_bars()
     columns = {name: list(table[name]) for name in table.column_names}
     return columns if file.suffix in readers else {column: columns["text"]}
+
+
+def _parquet(file: Path, column: str, n_rows: int) -> Mapping[str, list[object]]:
+    """The first rows of a parquet file's column, and the names of the others without theirs."""
+    from pyarrow import ArrowException, parquet
+
+    found: list[object] = []
+    try:
+        with parquet.ParquetFile(file) as opened:
+            about = opened.metadata
+            n_bytes = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+            if about.num_rows > _MOST_ROWS or n_bytes > _MOST_BYTES:
+                raise RecipeError(
+                    f"{file}: {about.num_rows:,} rows, {n_bytes:,} bytes once unpacked; at most "
+                    f"{_MOST_ROWS:,} and {_MOST_BYTES:,} are read"
+                )
+            names = opened.schema_arrow.names
+            if column in names:
+                for batch in opened.iter_batches(64, columns=[column]):
+                    found += batch.column(0).to_pylist()
+                    if len(found) >= n_rows:
+                        break
+    except (ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(f"{file}: not readable as .parquet ({reason})") from None
+    return {name: found if name == column else [] for name in names}
 
 
 def _check_distinct(prompts: tuple[str, ...]) -> None:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from hbxt_compress import library
 from hbxt_compress.algorithms import AnyDecoder, AnyDistiller, AnyPreparer, AnyRefiner, AnyRounder
-from hbxt_compress.errors import RecipeError
+from hbxt_compress.errors import ArtifactError, RecipeError
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.formats.activations import ACTIVATIONS
 from hbxt_compress.layers import matches
@@ -134,6 +134,11 @@ class Recipe(Settings):
     """how the graphs compute, and on which targets they must run"""
     accept: Acceptance
 
+    @classmethod
+    def from_manifest(cls, record: Mapping[str, object]) -> Recipe:
+        """The recipe that an artifact was made by, as its manifest has it."""
+        return cls.model_validate_json(json.dumps(record["document"]))
+
     @field_validator("decoder", mode="before")
     @classmethod
     def _by_name(cls, decoder: object) -> object:
@@ -204,11 +209,17 @@ def distillers(
 ) -> tuple[tuple[AnyDistiller, ...], AnyDecoder | None]:
     """How the student of a recipe, and its decoder, are made.
 
-    document: the recipe as JSON that a manifest holds.
+    document: the recipe as JSON that a manifest holds. Raises ArtifactError if it is not that.
     """
     names = ("distill", "decoder")
     text = json.dumps({name: document[name] for name in names if name in document})
-    found = _Distilling.model_validate_json(text)
+    try:
+        found = _Distilling.model_validate_json(text)
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, one["loc"])) or "all" for one in error.errors())
+        raise ArtifactError(
+            f"recipe.document: {where}: not as this version of hbxt_compress writes it"
+        ) from None
     return found.distill, found.decoder
 
 

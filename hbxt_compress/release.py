@@ -23,7 +23,6 @@ from hbxt_compress.errors import (
 )
 from hbxt_compress.file_records import paths_under, record
 from hbxt_compress.graph.check import check_targets
-from hbxt_compress.manifest import Manifest
 from hbxt_compress.released import (
     RELEASE,
     SCHEMA,
@@ -70,7 +69,7 @@ def release(
     if missing := [name for name in _REPORT if not (report / name).is_file()]:
         raise UsageError(f"{report}: lacks {', '.join(missing)}; evaluate again")
     _require_free_names(found)
-    _require_same(found.manifest, measured, report)
+    _require_same(found, measured, report)
     _require_outcome(measured, allow)
     _require_targets(found)
     terms = _terms(found, licence)
@@ -121,9 +120,11 @@ def _require_free_names(found: Artifact) -> None:
         )
 
 
-def _require_same(manifest: Manifest, report: QualityReport, folder: Path) -> None:
-    """A report repeats what the manifest says; if it differs, something else was measured."""
+def _require_same(artifact: Artifact, report: QualityReport, folder: Path) -> None:
+    """A report names the manifest and repeats it; if it differs, something else was measured."""
+    manifest = artifact.manifest
     own = {
+        "artifact": artifact.manifest_sha256,
         "recipe": manifest.recipe,
         "source": manifest.source,
         "components": manifest.components,

@@ -9,9 +9,10 @@ of its own instead, and perhaps a solver that was fitted to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Literal, Self, cast, get_args
 
 import numpy as np
@@ -26,6 +27,7 @@ SolverType = Literal["bh1", "bh2"]
 STUDENTS_SAMPLER = "sampler.json"
 """in a distilled model's folder: a SamplerSpec, which goes before its scheduler"""
 _EPS = 1e-6  # UniPC starts at 1 - eps: at sigma 1 the signal's logarithm is infinite
+_MOST_STEPS, _MOST_TIMESTEPS = 1000, 1_000_000
 _A = (0.5, 2.0)  # a correction beyond them mends nothing: the model is broken
 
 # Options that must keep this value: option -> the only value supported.
@@ -87,11 +89,13 @@ class SamplerSpec:
     coefficients: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = list(_type_problems(self))
+        if problems:
+            raise UsageError(f"the sampler cannot run:\n{listing(problems)}")
         if self.solver not in get_args(Solver):
             problems.append(f"solver {self.solver!r}: must be one of {', '.join(get_args(Solver))}")
-        if self.n_steps < 1:
-            problems.append(f"n_steps {self.n_steps}: must be at least 1")
+        if not 1 <= self.n_steps <= _MOST_STEPS:
+            problems.append(f"n_steps {self.n_steps}: must be 1 to {_MOST_STEPS}")
         if not (math.isfinite(self.shift) and self.shift > 0):
             problems.append(f"shift {self.shift}: must be a positive number")
         for name, guidance in (("guidance", self.guidance), ("guidance_2", self.guidance_2)):
@@ -101,8 +105,10 @@ class SamplerSpec:
             problems.append(f"boundary {self.boundary}: must lie in 0..1")
         if self.guidance_2 is not None and self.boundary is None:
             problems.append(f"guidance_2 {self.guidance_2}: needs a boundary and a second expert")
-        if self.n_train_timesteps < 1:
-            problems.append(f"n_train_timesteps {self.n_train_timesteps}: must be at least 1")
+        if not 1 <= self.n_train_timesteps <= _MOST_TIMESTEPS:
+            problems.append(
+                f"n_train_timesteps {self.n_train_timesteps}: must be 1 to {_MOST_TIMESTEPS}"
+            )
         if self.solver_order not in (1, 2, 3):
             problems.append(f"solver_order {self.solver_order}: must be 1, 2 or 3")
         if self.solver_type not in ("bh1", "bh2"):
@@ -245,7 +251,7 @@ class SamplerSpec:
                 "shift": config.get("flow_shift", 1.0),
                 "solver_order": config.get("solver_order", 2),
                 "solver_type": config.get("solver_type", "bh2"),
-                "disable_corrector": tuple(cast(list[int], config.get("disable_corrector") or ())),
+                "disable_corrector": _as_tuple(config.get("disable_corrector") or ()),
             }
         else:
             raise SourceError(
@@ -289,6 +295,31 @@ class SamplerSpec:
         ends = np.array([n, 1], dtype=np.float32) / np.float32(n)
         highest, lowest = (float(level) for level in _shifted(ends, self.shift))
         return _shifted(np.linspace(highest * n, lowest * n, self.n_steps) / n, self.shift)
+
+
+def _as_tuple(value: object) -> object:
+    """What JSON has lists for; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _type_problems(spec: SamplerSpec) -> Iterator[str]:
+    """Fields that JSON gave another type; what they hold is looked at afterwards."""
+
+    def problem(name: str, kind: type, wanted: str) -> Iterator[str]:
+        value = getattr(spec, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            yield f"{name} {value!r:.60}: must be {wanted}"
+
+    for name in ("n_steps", "n_train_timesteps", "solver_order"):
+        yield from problem(name, Integral, "a whole number")
+    for name in ("shift", "guidance", "guidance_2", "boundary"):
+        if name in ("shift", "guidance") or getattr(spec, name) is not None:
+            yield from problem(name, Real, "a number")
+    for name in ("solver", "solver_type"):
+        yield from problem(name, str, "text")
+    steps = spec.disable_corrector
+    if not isinstance(steps, tuple) or not all(isinstance(step, Integral) for step in steps):
+        yield f"disable_corrector {spec.disable_corrector!r:.60}: must be whole numbers"
 
 
 def _correction_problems(

@@ -16,6 +16,7 @@ from typing import Any
 from hbxt_compress import disk
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.journal import file_sha256
+from hbxt_compress.json_text import parse_json, read_json
 from hbxt_compress.licences import PATTERNS, licence_files
 
 __all__ = ["BUILTIN", "Header", "Source", "locate", "read_headers"]
@@ -23,6 +24,7 @@ __all__ = ["BUILTIN", "Header", "Source", "locate", "read_headers"]
 BUILTIN = "builtin/tiny-wan"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt")
+_MOST_HEADER = 100_000_000  # bytes, safetensors' own limit
 _MUCH = 100_000_000  # bytes: hashing them again would be missed
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 
@@ -50,7 +52,7 @@ class Source:
         """A JSON file of the folder; SourceError if it is missing or broken."""
         path = self.folder / name
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_json(path)
         except FileNotFoundError:
             raise SourceError(f"{path}: missing; is this a whole diffusers folder?") from None
         except ValueError as error:
@@ -101,7 +103,10 @@ def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Sour
 def _folder(model: str) -> Path:
     if model == BUILTIN:
         return Path(str(files("hbxt_compress"))) / "reference" / "tiny-wan"
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # of ~nobody
+        raise SourceError(f"model {model!r}: {error}") from None
     if path.is_dir():
         return path.resolve()
     match = _HUB_ID.fullmatch(model)
@@ -132,10 +137,11 @@ def _hashes(folder: Path, paths: list[Path], memo: Path | None) -> dict[str, str
     known: dict[str, str] = {}
     if memo is not None and memo.is_file():
         try:
-            read = json.loads(memo.read_text())
+            read = read_json(memo)
         except ValueError:
             read = {}
-        known = read if isinstance(read, dict) else {}
+        if isinstance(read, dict):
+            known = {key: one for key, one in read.items() if isinstance(one, str)}
     stamps = [_stamp(path) for path in paths]
     keys = [f"{p.resolve()}|{stamp[0]}|{stamp[1]}" for p, stamp in zip(paths, stamps, strict=True)]
     found, fresh = {}, 0
@@ -185,17 +191,26 @@ def _read_header(path: Path) -> dict[str, Header]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"not a safetensors file, or cut short at {size} bytes")
+        if length > _MOST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes, at most {_MOST_HEADER:,} are read")
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError("its header is not JSON") from None
+            header = parse_json(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
-    end = max((about["data_offsets"][1] for about in header.values()), default=0)
+    unknown = sorted({str(about.get("dtype")) for about in header.values()
+                      if isinstance(about, dict)} - _BYTES.keys())  # fmt: skip
+    if unknown:
+        raise ValueError(f"holds dtypes {unknown[:9]}; expected full-precision weights")
+    end = 0
+    for (start, stop), name in sorted((_extent(*entry), entry[0]) for entry in header.items()):
+        if start != end:
+            raise ValueError(f"{name[:200]} begins at byte {start} of the data, expected {end}")
+        end = stop
     if 8 + length + end != size:
         raise ValueError(f"has {size} bytes where its header promises {8 + length + end}")
-    unknown = sorted({about["dtype"] for about in header.values()} - _BYTES.keys())
-    if unknown:
-        raise ValueError(f"holds dtypes {unknown}; expected full-precision weights")
     return {
         name: Header(
             file=path,
@@ -205,3 +220,15 @@ def _read_header(path: Path) -> dict[str, Header]:
         )
         for name, about in header.items()
     }
+
+
+def _extent(name: str, about: object) -> tuple[int, int]:
+    """Where a tensor of a known dtype begins and ends; ValueError if its entry makes no sense."""
+    match about:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
+            whole = all(type(n) is int and n >= 0 for n in shape)
+            if whole and start >= 0 and end - start == _BYTES[dtype] * math.prod(shape):
+                return start, end
+            shown = f"{dtype} {str(shape)[:60]} at {start}..{end}"
+            raise ValueError(f"{name[:200]}: {shown} is no tensor's size and place")
+    raise ValueError(f"{name[:200]}: its entry lacks a dtype, a shape or two data_offsets")

@@ -2,7 +2,7 @@
 
     <root>/<stage>/<key, 16 hex>/          one result, nothing but its own files
     <root>/<stage>/<key>.json              written last: the document whose sha256 is the key (why
-                                           the result exists), size and sha256 of every file
+                                           the result exists), each file's size and sha256, times
     <root>/<stage>/<key>.partial/          being built, with a journal of what is finished; handed
                                            back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
@@ -27,6 +27,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from filelock import FileLock, Timeout
@@ -36,18 +37,11 @@ from safetensors import SafetensorError
 from hbxt_compress import disk
 from hbxt_compress.errors import StoreError, listing
 from hbxt_compress.journal import Journal, scratch_of
+from hbxt_compress.json_text import parse_json
 from hbxt_compress.machine import Machine
 from hbxt_compress.ranks import ALONE, Ranks
 
-__all__ = [
-    "Entry",
-    "Keyed",
-    "Missing",
-    "Peek",
-    "Store",
-    "Work",
-    "canonical",
-]
+__all__ = ["Entry", "Keyed", "Missing", "Peek", "Store", "Work", "canonical"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -200,6 +194,11 @@ class Store:
                 _aside(folder).unlink(missing_ok=True)
             return replace(self._open(folder, document), made_from=_entries(arguments.values()))
 
+    def seconds(self, entry: Entry) -> float:
+        """Median time that a piece of a result took when it was made; 0 where none was noted."""
+        record = json.loads(_record(entry.folder).read_text())
+        return median(record.get("seconds", {}).values() or [0.0])
+
     def peek(self) -> Peek:
         """A view that builds nothing and remembers what was asked for."""
         return Peek(self.root)
@@ -222,12 +221,9 @@ class Store:
         return self.root / name / key, text
 
     def _build(
-        self,
-        stage: Callable[..., None],
-        arguments: Mapping[str, object],
-        folder: Path,
+        self, stage: Callable[..., None], arguments: Mapping[str, object], folder: Path,
         document: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         partial, ranks = _partial(folder), self.ranks
         resumed = _resume(folder) if ranks.leads else None
         ranks.barrier()
@@ -249,31 +245,35 @@ class Store:
             raise
 
     def _open(self, folder: Path, document: str) -> Entry:
-        record = json.loads(_record(folder).read_text())
-        if record["document"] != json.loads(document):
-            raise StoreError(
-                f"{_record(folder)}: not what this key was made from; delete it and {folder}"
-            )
+        try:
+            record = parse_json(_record(folder).read_text(encoding="utf-8"))
+            content = {name: about["sha256"] for name, about in record["files"].items()}
+            sizes = {name: about["size"] for name, about in record["files"].items()}
+            asked = record["document"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            told = f"damaged ({error!r:.100}); delete it to re-make {folder}"
+            raise StoreError(f"{_record(folder)}: {told}") from error
+        if asked != json.loads(document):
+            told = f"not what this key was made from; delete it and {folder}"
+            raise StoreError(f"{_record(folder)}: {told}")
         bad = [
             name
-            for name, about in record["files"].items()
-            if not (folder / name).is_file() or (folder / name).stat().st_size != about["size"]
+            for name, size in sizes.items()
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size
         ]
         if bad:
-            raise StoreError(
-                f"{folder}: {len(bad)} files missing or truncated; delete {_record(folder)} "
-                f"to re-make them:\n"
-                f"{listing(bad)}"
+            told = (
+                f"{len(bad)} files missing or truncated; delete {_record(folder)} to re-make them"
             )
-        content = {name: about["sha256"] for name, about in record["files"].items()}
+            raise StoreError(f"{folder}: {told}:\n{listing(bad)}")
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        n, stage = record["document"]["version"], folder.parent.name
+        stage, n = folder.parent.name, asked["version"]
         return Entry(folder=folder, stage=stage, key=folder.name, digest=digest, version=n)
 
 
-def _entries(values: Iterable[object]) -> tuple[Entry, ...]:
+def _entries(given: Iterable[object]) -> tuple[Entry, ...]:
     """The results among arguments, also those in a mapping."""
-    flat = [x for v in values for x in (v.values() if isinstance(v, Mapping) else (v,))]
+    flat = (x for v in given for x in (v.values() if isinstance(v, Mapping) else (v,)))
     return tuple(one for one in flat if isinstance(one, Entry))
 
 
@@ -338,7 +338,7 @@ def _seal(folder: Path, journal: Journal, document: str) -> None:
         os.replace(journal.path, _aside(folder))
     disk.remove(folder)
     disk.put(partial, folder)
-    record = {"document": json.loads(document), "files": files}
+    record = {"document": json.loads(document), "files": files, "seconds": journal.seconds()}
     disk.write_text(_record(folder), json.dumps(record, indent=1))
 
 

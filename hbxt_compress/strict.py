@@ -12,7 +12,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -33,6 +34,7 @@ _WANTED = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
 }
+_MOST_SHOWN = 80  # characters of a wrong value
 _Kind = TypeVar("_Kind", bound="Settings")
 
 
@@ -94,17 +96,25 @@ def load(kind: type[_Kind], path: Path) -> _Kind:
     Raises:
         RecipeError: the file cannot be read, or is not valid; the message lists every problem.
     """
-    reading = Reading(compose(path))
+    try:
+        reading = Reading(compose(path))
+        text = json.dumps(reading.document)
+    except RecursionError as deep:  # aliases nest deeper than the text itself
+        raise RecipeError(f"{path}: nested too deeply") from deep
     settings = None
     try:
-        settings = kind.model_validate_json(json.dumps(reading.document))
+        settings = kind.model_validate_json(text)
     except ValidationError as invalid:
-        for error in invalid.errors(include_url=False):
+        errors = sorted(invalid.errors(include_url=False), key=lambda e: e["type"] in _WANTED)
+        if errors[0]["type"] == "json_invalid":
+            raise RecipeError(f"{path}: nested too deeply ({errors[0]['msg']})") from invalid
+        places = [_found_at(kind, reading.document, error["loc"]) for error in errors]
+        for error, (place, fields) in zip(errors, places, strict=True):
             if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
                 continue  # its items are invalid, and reported as such
-            place = tuple(segment for segment in error["loc"] if segment != "[key]")
+            if len(place) < len(error["loc"]) and any(place == p[:-1] for p, _ in places):
+                continue  # not of that type, but of one whose items are invalid
             place = (*place, "use") if error["type"] == "use" else place
-            fields = _fields_at(kind, reading.document, error["loc"])
             reading.reject(place, _explain(error, fields))
     if reading.problems or settings is None:
         lines = [f"{path}:{line}: {text}" for line, text in sorted(set(reading.problems))]
@@ -112,20 +122,33 @@ def load(kind: type[_Kind], path: Path) -> _Kind:
     return settings
 
 
-def _fields_at(kind: type[Settings], document: Any, loc: Place) -> list[str]:
-    """The keys that the mapping around `loc` may have, for suggestions."""
+def _found_at(kind: type[Settings], document: Any, loc: Place) -> tuple[Place, list[str]]:
+    """An error's place in the document, and the keys that the mapping around it may have.
+
+    pydantic's own has `[key]`, and the names of types where one of several may stand.
+    """
     annotation: Any = kind
-    for segment in loc[:-1]:
-        annotation = _settings(annotation, document)
+    place: list[int | str] = []
+    fields: list[str] = []
+    for segment in loc:
+        annotation, is_list = _settings(annotation, document), isinstance(document, list)
+        if get_origin(annotation) in (Union, UnionType):
+            meant = [a for a in get_args(annotation) if (get_origin(_settings(a, None)) is tuple)]
+            annotation = meant[0] if is_list and meant else None
+            continue
+        if segment == "[key]" or not isinstance(document, list | dict):
+            continue
+        fields, inside = [], get_args(annotation)
         if isinstance(annotation, type) and issubclass(annotation, Settings):
-            annotation = annotation.model_fields[str(segment)].rebuild_annotation()
+            fields = list(annotation.model_fields)
+            field = annotation.model_fields.get(str(segment))
+            annotation = None if field is None else field.rebuild_annotation()
         else:
-            annotation = get_args(annotation)[1 if get_origin(annotation) is dict else 0]
-        document = document[segment]
-    annotation = _settings(annotation, document)
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return list(annotation.model_fields)
-    return []
+            annotation = inside[get_origin(annotation) is dict] if inside else None
+        place.append(segment)
+        there = is_list or segment in document
+        document = document[segment] if there else None  # type: ignore[index]
+    return tuple(place), fields
 
 
 def _settings(annotation: Any, value: Any) -> Any:
@@ -149,19 +172,25 @@ def _explain(error: ErrorDetails, fields: list[str]) -> str:
         return f"unknown key{did_you_mean(name, fields) or '; known: ' + ', '.join(sorted(fields))}"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return f"must be {error['ctx']['expected']}, not {value!r}{did_you_mean(str(value), known)}"
+        wanted, meant = error["ctx"]["expected"], did_you_mean(str(value), known)
+        return f"must be {wanted}, not {_short(value)}{meant}"
     if kind in _WANTED:
         if isinstance(value, str) and "number" in _WANTED[kind] and PLAIN_FLOAT.fullmatch(value):
             return f"{value!r} is text to YAML; write {_as_yaml_number(value)}"
-        got = "empty" if value is None else f"{value!r}"[:60]
+        got = "empty" if value is None else _short(value)
         return f"must be {_WANTED[kind]}, not {got}"
     if kind == "too_short":
         return f"needs at least {error['ctx']['min_length']} of them"
     if kind == "string_pattern_mismatch":
-        return f"{value!r} does not match {error['ctx']['pattern']}"
+        return f"{_short(value)} does not match {error['ctx']['pattern']}"
     if kind in ("use", "value_error"):
         return error["msg"].removeprefix("Value error, ")
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {value!r}"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {_short(value)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _as_yaml_number(text: str) -> str:

@@ -23,7 +23,9 @@ Place = tuple[int | str, ...]  # keys and indices from the root of the document
 
 _MOST_BYTES = 1_000_000
 _MOST_NODES = 100_000
+_MOST_CHARACTERS = 200  # of a place that a message names
 _YAML = "tag:yaml.org,2002:"
+_HALVES = re.compile("[\ud800-\udfff]")
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 
 
@@ -46,6 +48,8 @@ def compose(path: Path) -> yaml.Node:
         ) from error
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a NUL or half a character in the name itself
+        raise RecipeError(f"{str(path)!r}: no name of a file ({error})") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -117,6 +121,8 @@ class Reading:
                     place,
                     f"the key {str(key)[:40]!r} is not text; quote it or write the keys out",
                 )
+            elif _HALVES.search(key):
+                self._add(key_node, place, "a key with half a character, a surrogate")
             elif key in found:
                 self._add(
                     key_node,
@@ -130,6 +136,8 @@ class Reading:
 
     def _scalar(self, node: yaml.ScalarNode, place: Place) -> Any:
         kind, text = node.tag.removeprefix(_YAML), node.value
+        if _HALVES.search(text):
+            return self._add(node, place, "half a character, a surrogate without its pair")
         if kind in ("str", "null"):
             return text if kind == "str" else None
         if kind not in ("bool", "int", "float"):
@@ -157,6 +165,7 @@ class Reading:
         if hide:
             self._bad.add(place)
         where = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in place).lstrip(".")
+        where = where if len(where) < _MOST_CHARACTERS else f"{where[:_MOST_CHARACTERS]}..."
         self.problems.append((node.start_mark.line + 1, f"{where}: {text}" if where else text))
 
 

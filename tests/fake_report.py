@@ -24,7 +24,8 @@ def write_report(
     folder: Path, artifact: Path, outcome: Literal["pass", "fail", "undecided"] = "pass"
 ) -> Path:
     """Writes report.json, .md and .html as `evaluate` does, and returns their folder."""
-    manifest = Artifact.open(artifact, verify=False).manifest
+    opened = Artifact.open(artifact, verify=False)
+    manifest = opened.manifest
     document = json.loads(json.dumps(manifest.to_json()))
     report = QualityReport(
         schema=SCHEMA,
@@ -50,7 +51,8 @@ def write_report(
         verdicts=(Verdict(metric="psnr", limit=40.0, outcome=outcome, reason="40.5 dB or more"),),
         conclusion=_SAID[outcome],
         clips=(),
-        made_with=document["made_with"],
+        made_with=document["made_with"], artifact=opened.manifest_sha256, seconds={}, controls=(),
+        findings=(), baseline=None,
     )  # fmt: skip
     report.save(folder)
     write_markdown(folder, report)

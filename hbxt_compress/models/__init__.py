@@ -128,7 +128,7 @@ def family_of(source: Source) -> Family:
     """The family that takes this folder; SourceError naming the class it has and those known."""
     kind = source.config("model_index.json").get("_class_name")
     for family in MODELS.values():
-        if kind in family.pipelines:
+        if isinstance(kind, str) and kind in family.pipelines:
             return family
     known = sorted(name for family in MODELS.values() for name in family.pipelines)
     raise SourceError(

@@ -18,6 +18,7 @@ from hbxt_compress.layers import Depth, LayerKind, LayerName, LayerSpec, Pair
 from hbxt_compress.manifest import Bucket
 from hbxt_compress.models.light_decoder import LightDecoder
 from hbxt_compress.models.light_decoder_graph import light_decoder_graphs
+from hbxt_compress.models.wan_config import config_of
 from hbxt_compress.models.wan_folder import (
     CLASSES,
     empty,
@@ -69,14 +70,15 @@ class Wan:
     depths: Mapping[str, Depth] = _DEPTHS
 
     def components(self, source: Source) -> tuple[str, ...]:
-        index = source.config("model_index.json")
-        second = index.get("transformer_2") or [None]
-        experts = ("transformer", "transformer_2") if second[0] else ("transformer",)
+        index = config_of(source, "model_index.json")
+        experts = ["transformer"] + ["transformer_2"] * (
+            _class_of(index, "transformer_2") is not None
+        )
         found = ("text_encoder", *experts, "vae_decoder")
         problems = []
         for component in found:
             listed = "vae" if component == "vae_decoder" else component
-            entry = (index.get(listed) or [None, None])[1]
+            entry = _class_of(index, listed)
             expected = CLASSES[component].__name__
             if entry != expected:
                 problems.append(f"{listed}: is {entry}, expected {expected}")
@@ -110,7 +112,7 @@ class Wan:
 
     def geometry(self, source: Source) -> Geometry:
         chosen = _generation(source)
-        z_dim = source.config("vae/config.json").get("z_dim", 16)
+        z_dim = config_of(source, "vae/config.json").get("z_dim", 16)
         height, width, frames, fps = (704, 1280, 121, 24.0) if z_dim == 48 else (480, 832, 81, 16.0)
         return Geometry(
             height=int(chosen.get("height", height)),
@@ -131,13 +133,18 @@ class Wan:
         chosen = _generation(source)
         guidance = float(chosen.get("guidance_scale", 5.0))
         second = chosen.get("guidance_scale_2")
-        return SamplerSpec.from_diffusers(
-            source.config("scheduler/scheduler_config.json"),
-            n_steps=int(chosen.get("num_inference_steps", 50)),
-            guidance=guidance,
-            guidance_2=None if second is None else float(second),
-            boundary=source.config("model_index.json").get("boundary_ratio"),
-        )
+        name = "scheduler/scheduler_config.json"
+        config, index = config_of(source, name), config_of(source, "model_index.json")
+        try:
+            return SamplerSpec.from_diffusers(
+                config,
+                n_steps=int(chosen.get("num_inference_steps", 50)),
+                guidance=guidance,
+                guidance_2=None if second is None else float(second),
+                boundary=index.get("boundary_ratio"),
+            )
+        except SourceError as error:
+            raise SourceError(f"{source.folder / name}: {error}") from None
 
     def latent_shape(
         self, source: Source, clip: Geometry | None = None
@@ -146,14 +153,14 @@ class Wan:
         clip = clip or self.geometry(source)
         time, space = vae_factors(source)
         return (
-            source.config("vae/config.json")["z_dim"],
+            config_of(source, "vae/config.json", "z_dim")["z_dim"],
             (clip.n_frames - 1) // time + 1,
             clip.height // space,
             clip.width // space,
         )
 
     def tokens(self, source: Source, clip: Geometry) -> int:
-        config = source.config("transformer/config.json")
+        config = config_of(source, "transformer/config.json", "patch_size")
         _, rows, columns = config["patch_size"]
         time, space = vae_factors(source)
         most = config.get("rope_max_seq_len", 1024)
@@ -177,7 +184,13 @@ class Wan:
         return n_tokens
 
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        vae = source.config("vae/config.json")
+        names = ("latents_mean", "latents_std")
+        vae = config_of(source, "vae/config.json", "z_dim", *names)
+        if {len(vae[name]) for name in names} != {vae["z_dim"]}:
+            raise SourceError(
+                f"{source.folder / 'vae/config.json'}: has {len(vae['latents_mean'])} latents_mean "
+                f"and {len(vae['latents_std'])} latents_std for {vae['z_dim']} channels"
+            )
         return tuple(vae["latents_mean"]), tuple(vae["latents_std"])
 
     def buckets(self, source: Source, clips: Sequence[Geometry] = ()) -> tuple[Bucket, ...]:
@@ -256,13 +269,14 @@ class Wan:
         """Value and output projections of attentions, head by head; the halves of plain MLPs."""
         if component == "text_encoder":  # its MLP is gated: three weights share the features
             attention = f"encoder.block.{block}.layer.0.SelfAttention"
-            n_heads = source.config("text_encoder/config.json")["num_heads"]
+            n_heads = config_of(source, "text_encoder/config.json", "num_heads")["num_heads"]
             return (
                 Pair(
                     first=f"{attention}.v", second=f"{attention}.o", joint="heads", n_heads=n_heads
                 ),
             )
-        n_heads = source.config(f"{component}/config.json")["num_attention_heads"]
+        heads = "num_attention_heads"
+        n_heads = config_of(source, f"{component}/config.json", heads)[heads]
         at = f"blocks.{block}"
         return (
             *(
@@ -317,7 +331,14 @@ def _velocity(transformer: nn.Module, latents: Tensor, t: Tensor, text: Tensor) 
 
 def _generation(source: Source) -> dict[str, Any]:
     present = "generation_config.json" in source.files
-    return source.config("generation_config.json") if present else {}
+    return config_of(source, "generation_config.json") if present else {}
+
+
+def _class_of(index: Mapping[str, Any], component: str) -> str | None:
+    """The class that model_index.json has for a component, None for none."""
+    entry = index.get(component)
+    named = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+    return entry[1] if named else None  # type: ignore[index]
 
 
 def _kind(name: str, header: Header) -> LayerKind:

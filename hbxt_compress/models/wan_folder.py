@@ -13,6 +13,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.models.light_decoder import CLASS_NAME, LightDecoder
+from hbxt_compress.models.wan_config import config_of
 from hbxt_compress.source import Header, Source, read_headers
 from hbxt_compress.weights import Weights
 
@@ -25,6 +26,11 @@ CLASSES: Final = {
     "vae_decoder": AutoencoderKLWan,
     "vae": AutoencoderKLWan,
 }
+# what the classes of diffusers and transformers end with where a config makes no sense to them
+_UNFIT: Final = (
+    TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, UnboundLocalError,
+)  # fmt: skip
 _LIGHT: Final = "decoder"  # the folder of a decoder that goes before the VAE's own
 
 
@@ -38,19 +44,27 @@ def folder_of(source: Source, component: str) -> str:
 def empty(source: Source, component: str) -> nn.Module:
     """The module that config.json describes: parameters on the meta device, buffers real."""
     folder = folder_of(source, component)
-    config = source.config(f"{folder}/config.json")
+    config = config_of(source, f"{folder}/config.json")
     if folder == _LIGHT:
         return _light(source, config)
     kind = CLASSES[component]
-    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    listed = config.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed else None
+    found = config.get("_class_name") or named
     if found != kind.__name__:
         raise SourceError(
             f"{source.folder / folder / 'config.json'}: describes {found}, expected {kind.__name__}"
         )
-    with torch.device("meta"):
-        if kind is UMT5EncoderModel:
-            return UMT5EncoderModel(UMT5Config(**config))
-        module = kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            if kind is UMT5EncoderModel:
+                return UMT5EncoderModel(UMT5Config(**config))
+            module = kind.from_config(config)
+    except _UNFIT as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise SourceError(
+            f"{source.folder / folder / 'config.json'}: describes no {kind.__name__}: {reason}"
+        ) from error
     if isinstance(module, WanTransformer3DModel):  # its tables are computed, no file has them
         rope = module.rope
         module.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
@@ -65,10 +79,10 @@ def _light(source: Source, config: Mapping[str, Any]) -> LightDecoder:
     try:
         with torch.device("meta"):
             decoder = LightDecoder.from_config(config)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except _UNFIT as error:
         raise SourceError(f"{path}: describes no decoder: {error}") from None
     made_for = (decoder.z_dim, decoder.factor_in_time, decoder.factor_in_space)
-    found = (source.config("vae/config.json")["z_dim"], time, space)
+    found = (config_of(source, "vae/config.json", "z_dim")["z_dim"], time, space)
     if made_for != found:
         raise SourceError(
             f"{path}: made for latents of {made_for[0]} channels, {made_for[1]} frames and "
@@ -96,7 +110,7 @@ def require_agreement(module: nn.Module, weights: Weights) -> None:
 
 def vae_factors(source: Source) -> tuple[int, int]:
     """Frames of a clip to one of latents, and pixels to one along height and width."""
-    vae = source.config("vae/config.json")
+    vae = config_of(source, "vae/config.json")
     return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
 
 

@@ -25,7 +25,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text in a line in which nothing is Markdown."""
+    """Text that Markdown, in a table too, shows as it is."""
     for mark in "\\|`*_[]<":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

@@ -37,9 +37,14 @@ def results_table(reports: Sequence[QualityReport]) -> str:
     rows = [head, ["---", *["--:"] * (len(head) - 1)]]
     for report in reports:
         by_name = {one.metric: one for one in report.measurements}
-        sizes = [size(report.components[c]["after"]) for c in components]
+        sizes = [
+            size(report.components[c]["after"]) if c in report.components else "-"
+            for c in components
+        ]
         values = [_cell(by_name.get(name)) for name in wanted]
-        rows.append([f"`{report.recipe['name']}`", size(report.bytes_after), *sizes, *values])
+        rows.append(
+            [f"`{report.recipe.get('name', '?')}`", size(report.bytes_after), *sizes, *values]
+        )
     before = [
         "16-bit source",
         size(first.bytes_before),
@@ -51,8 +56,10 @@ def results_table(reports: Sequence[QualityReport]) -> str:
         for name, version in sorted(first.made_with.items())
         if name in ("torch", "diffusers")
     )
-    steps = first.suite["n_steps"]
-    note = f"Suite {first.suite['name']}: {first.n_clips} clips, {steps} steps; {facts}.\n\n"
+    steps = first.suite.get("n_steps", "?")
+    note = (
+        f"Suite {first.suite.get('name', '?')}: {first.n_clips} clips, {steps} steps; {facts}.\n\n"
+    )
     return note + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

@@ -46,7 +46,8 @@ def decode(
         frames: np.ndarray | None = None
         for i, place in enumerate(places):
             part = np.ascontiguousarray(latents[None, :, t : t + 1, *place.latents])
-            result = session.run({"latent_sample": part, **caches[i]})
+            size = (factor * part.shape[3], factor * part.shape[4])
+            result = session.run({"latent_sample": part, **caches[i]}, sample=(1, 3, None, *size))
             sample = result.pop("sample")[0]
             caches[i] = {
                 name.replace("cache_out_", "cache_in_"): one for name, one in result.items()

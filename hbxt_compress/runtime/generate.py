@@ -309,7 +309,9 @@ class Runtime:
 
     def _encoded(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         session = self._residents.get("text_encoder")
-        hidden = session.run({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+        hidden = session.run(
+            {"input_ids": ids, "attention_mask": mask}, last_hidden_state=(*ids.shape, None)
+        )["last_hidden_state"]
         return np.where(mask[..., None] > 0, hidden, np.float32(0))
 
     def frames(self, latents: np.ndarray) -> Iterator[np.ndarray]:
@@ -335,7 +337,8 @@ class Runtime:
             "timestep": np.array([timestep], dtype=np.float32),
             "encoder_hidden_states": text,
         }
-        velocity = self._residents.get(expert, self.bucket.transformer).run(inputs)
+        session = self._residents.get(expert, self.bucket.transformer)
+        velocity = session.run(inputs, out_hidden_states=(1, *x.shape))
         return np.asarray(velocity["out_hidden_states"][0])
 
     def _checked(self, latents: np.ndarray) -> np.ndarray:

@@ -20,9 +20,17 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    EPFail,
+    Fail,
+    InvalidArgument,
+    RuntimeException,
+)
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplemented_
 
-from hbxt_compress.errors import RuntimeUnavailable, UsageError, listing
+from hbxt_compress.errors import ArtifactError, RuntimeUnavailable, UsageError, listing
 from hbxt_compress.heap import keep_apart
+from hbxt_compress.manifest import REMEDY
 from hbxt_compress.runtime.settings import ProviderSettings
 
 __all__ = ["AMDGPU_LIBRARY", "Provider", "Session", "installed_providers", "open_session"]
@@ -50,18 +58,54 @@ _REMEDIES: Mapping[str, str] = {
 }
 
 
+# what a graph ends with that opened but does not run; they have no common base
+_FAILURES = (Fail, InvalidArgument, NotImplemented_, RuntimeException, EPFail, ValueError)
+
+
 class Session:
     """One graph, opened; `provider` is the short name of what really runs it."""
 
-    def __init__(self, inner: ort.InferenceSession, provider: str) -> None:
+    def __init__(self, inner: ort.InferenceSession, provider: str, name: str = "graph") -> None:
         self._inner = inner
+        self._name = name
         self.provider = provider
         self.input_shapes = {one.name: tuple(one.shape) for one in inner.get_inputs()}
         self.outputs = tuple(one.name for one in inner.get_outputs())
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name."""
-        return dict(zip(self.outputs, self._inner.run(None, dict(inputs)), strict=True))
+    def run(
+        self, inputs: Mapping[str, np.ndarray], **needed: tuple[int | None, ...]
+    ) -> dict[str, np.ndarray]:
+        """Every output by name. needed: those that must be there, with shapes; None: any size.
+
+        Raises:
+            ArtifactError: the graph has other inputs or outputs, or fails on these numbers.
+            RuntimeUnavailable: it fails on a GPU, or for want of memory.
+        """
+        if inputs.keys() != self.input_shapes.keys():
+            wanted, given = (", ".join(sorted(names)) for names in (self.input_shapes, inputs))
+            raise ArtifactError(f"{self._name}: takes {wanted}; expected {given}; {REMEDY}")
+        try:
+            found = self._inner.run(None, dict(inputs))
+        except _FAILURES as error:
+            damaged = self.provider == "cpu" and "alloc" not in str(error)
+            kind = ArtifactError if damaged else RuntimeUnavailable
+            raise kind(f"{self._name}: fails on {self.provider}: {_short(error)}") from error
+        outputs = dict(zip(self.outputs, found, strict=True))
+        for name, shape in needed.items():
+            self._require(name, outputs.get(name), shape)
+        return outputs
+
+    def _require(self, name: str, found: object, shape: tuple[int | None, ...]) -> None:
+        """Raises ArtifactError unless an output is an array of floats of a shape."""
+        wanted = f"{name} of shape {['any' if n is None else n for n in shape]}"
+        if not isinstance(found, np.ndarray):
+            raise ArtifactError(f"{self._name}: has no output {wanted}; {REMEDY}")
+        same = len(found.shape) == len(shape) and all(
+            n in (None, m) for n, m in zip(shape, found.shape, strict=True)
+        )
+        if not same or not np.issubdtype(found.dtype, np.floating):
+            told = f"{found.dtype} {list(found.shape)}"
+            raise ArtifactError(f"{self._name}: gives {told} as {wanted}; {REMEDY}")
 
     def close(self) -> None:
         """Frees the graph and its weights, whoever still holds the session; it cannot run again."""
@@ -94,6 +138,7 @@ def open_session(
     Raises:
         UsageError: a provider of another name.
         RuntimeUnavailable: the provider is not installed, does not work here or refuses the graph.
+        ArtifactError: the CPU, which takes every graph, refuses it: it is damaged.
     """
     if provider not in get_args(Provider):
         raise UsageError(f"provider {provider!r}: must be one of {', '.join(get_args(Provider))}")
@@ -116,7 +161,8 @@ def open_session(
         _log.info("%s/%s runs on %s", path.parent.name, path.name, session.provider)
         return session
     remedy = _REMEDIES.get(candidates[0], "check the artifact with `hbxt verify`")
-    raise RuntimeUnavailable(
+    kind = ArtifactError if tuple(candidates) == ("cpu",) else RuntimeUnavailable
+    raise kind(
         f"{path.parent.name}/{path.name} cannot run with provider {provider} (installed: "
         f"onnxruntime {ort.__version__} with {', '.join(installed)}):\n{listing(reasons)}\n{remedy}"
     )
@@ -163,7 +209,7 @@ def _open(
         del inner
         gc.collect()
         raise RuntimeError(f"asked for {name}, but the session runs on {', '.join(used)}")
-    return Session(inner, provider)
+    return Session(inner, provider, f"{path.parent.name}/{path.name}")
 
 
 def _saturates() -> bool:

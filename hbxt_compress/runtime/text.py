@@ -8,8 +8,9 @@ left out.
 
 from __future__ import annotations
 
+import errno
 import html
-import json
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hbxt_compress.errors import ArtifactError, UsageError
+from hbxt_compress.json_text import read_json
 
 __all__ = ["PromptTokenizer", "clean_prompt"]
 
@@ -33,6 +35,7 @@ _COMPATIBLE = re.compile(
 _CONTROL = re.compile(
     "[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]|\x1b\\[[0-9;]*[A-Za-z]"
 )
+_SIDES = ("left", "right")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\x0c\x85\u2028\u2029", "\n"))
 
 
@@ -51,28 +54,57 @@ class PromptTokenizer:
     def __init__(self, folder: Path, n_tokens: int) -> None:
         """Reads tokenizer.json, and tokenizer_config.json for the padding token."""
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises the bare class
+            self._tokenizer = _from_file(folder / "tokenizer.json")
+            config = read_json(folder / "tokenizer_config.json")
+        except (ValueError, OSError) as error:
             raise ArtifactError(f"{folder}: no readable tokenizer ({error})") from error
+        if not isinstance(config, dict):
+            raise ArtifactError(f"{folder / 'tokenizer_config.json'}: not a JSON object")
         pad = config.get("pad_token")
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        pad_id = None if pad is None else self._tokenizer.token_to_id(pad)
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        pad_id = self._tokenizer.token_to_id(pad) if isinstance(pad, str) else None
         if pad_id is None:
             raise ArtifactError(f"{folder}: padding token {pad!r} is not in the vocabulary")
-        side = config.get("padding_side", "right")
+        sides = {key: config.get(key, "right") for key in ("padding_side", "truncation_side")}
+        if wrong := [f"{k}: {side!r}" for k, side in sides.items() if side not in _SIDES]:
+            raise ArtifactError(
+                f"{folder / 'tokenizer_config.json'}: must be left or right: {', '.join(wrong)}"
+            )
+        self._folder = folder
         self._tokenizer.enable_padding(
-            direction=side, length=n_tokens, pad_id=pad_id, pad_token=pad
+            direction=sides["padding_side"], length=n_tokens, pad_id=pad_id, pad_token=pad
         )
-        cut = config.get("truncation_side", "right")
-        self._tokenizer.enable_truncation(n_tokens, direction=cut)
+        try:
+            self._tokenizer.enable_truncation(n_tokens, direction=sides["truncation_side"])
+        except ValueError as error:  # fewer tokens than the tokenizer itself adds
+            raise ArtifactError(f"{folder}: no prompt fits in {n_tokens} tokens: {error}") from None
 
     def __call__(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids and attention mask, int64 1 L; too long a prompt is cut and keeps its end token."""
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt is text, got {type(prompt).__name__}")
-        encoding = self._tokenizer.encode(clean_prompt(prompt))
+        try:
+            encoding = self._tokenizer.encode(clean_prompt(prompt))
+        except BaseException as error:
+            raise _refused(self._folder / "tokenizer.json", error) from error
         return (
             np.array([encoding.ids], dtype=np.int64),
             np.array([encoding.attention_mask], dtype=np.int64),
         )
+
+
+def _from_file(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except BaseException as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: BaseException) -> BaseException:
+    """What to raise for an error of tokenizers: of the bare class, or a panic of its Rust code."""
+    if type(error) is Exception or type(error).__name__ == "PanicException":
+        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+        return ArtifactError(f"{path}: tokenizers cannot use it ({reason})")
+    return error

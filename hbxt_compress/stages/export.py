@@ -39,7 +39,7 @@ from hbxt_compress.source import Source
 from hbxt_compress.stages.ranges import read_ranges
 from hbxt_compress.store import Entry, Work
 
-__all__ = ["FACTS", "VERSION", "export"]
+__all__ = ["FACTS", "VERSION", "export", "write_component"]
 
 VERSION = 6
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
@@ -76,7 +76,7 @@ def export(
             continue
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
         make = partial(
-            _write, family, source, component, plan, quantized, clips=clips, ranges=ranges
+            write_component, family, source, component, plan, quantized, clips=clips, ranges=ranges
         )
         work.piece(component, make, needs_bytes=planned[component]["after"])
     work.ranks.barrier()
@@ -95,7 +95,7 @@ def export(
     log.info("export: done", extra={"progress": (len(planned), len(planned), "export")})
 
 
-def _write(
+def write_component(
     family: Family,
     source: Source,
     component: str,
@@ -106,6 +106,11 @@ def _write(
     clips: Sequence[Geometry] = (),
     ranges: Mapping[str, Entry] = _NO_RANGES,
 ) -> None:
+    """Writes one component's graphs and weights into its folder.
+
+    Raises:
+        ExportError: parameters that were tuned are not in the model, or a graph breaks a rule.
+    """
     stored, tuned = family.weights(source, component), _tuned(component, quantized)
     if lost := sorted(tuned.keys() - set(stored.names)):
         raise ExportError(

@@ -91,7 +91,7 @@ def import_model(
                 with disk.reading(path):
                     shutil.copyfile(path, fresh / name)
             log.info("import: copied", extra={"progress": (len(copied), len(copied), "copy")})
-            _write_weights(fresh / _INTO / _WEIGHTS, tensors, merged)
+            _write_weights(fresh / _INTO / _WEIGHTS, tensors, merged, opened.path)
             for one in used:
                 one.require_unchanged()
             _write_json(fresh / IMPORTED, told)
@@ -155,7 +155,9 @@ def _matched(
     return found
 
 
-def _write_weights(path: Path, tensors: Mapping[str, Stored], loras: Sequence[Lora]) -> None:
+def _write_weights(
+    path: Path, tensors: Mapping[str, Stored], loras: Sequence[Lora], checkpoint: Path
+) -> None:
     problems: list[str] = []
     done = 0
 
@@ -170,7 +172,10 @@ def _write_weights(path: Path, tensors: Mapping[str, Stored], loras: Sequence[Lo
                 added = lora.added(name, added)
             tensor = added.to(tensor.dtype)
             if not _finite(tensor):
-                problems.append(f"{name}: holds NaN or infinity once the LoRAs are added")
+                added_to = [one.checkpoint.path.name for one in loras if name in one.names]
+                problems.append(
+                    f"{name}: holds NaN or infinity once {', '.join(added_to)} is added"
+                )
         done += 1
         log.info("import: %s", name, extra={"progress": (done, len(tensors), "import")})
         return tensor
@@ -178,7 +183,9 @@ def _write_weights(path: Path, tensors: Mapping[str, Stored], loras: Sequence[Lo
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {name: (one.dtype, one.shape) for name, one in tensors.items()}, read)
     if problems:
-        raise SourceError(f"weights that cannot be used; download them again:\n{listing(problems)}")
+        raise SourceError(
+            f"{checkpoint}: weights that cannot be used; download them again:\n{listing(problems)}"
+        )
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -208,6 +208,7 @@ def test_a_second_expert_is_needed_with_a_boundary(folder):
         ({"location": "../outside.bin"}, "lies outside the folder"),
         ({"location": "/outside.bin"}, "lies outside the folder"),
         ({"location": "other.bin"}, "which does not exist"),
+        ({"location": "a\0b"}, "lies outside the folder, in 'a\\x00b'"),
         ({"location": ""}, "lies outside the folder"),
     ],
 )
@@ -277,3 +278,61 @@ def test_record_is_plain_data():
     record = FileRecord(path="a/b", sha256="0" * 64, size_bytes=1)
     with pytest.raises(AttributeError):
         record.path = "c"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[" * 50_000, "nested too deeply"),
+        ('{"schema": 3, "schema": 3}', "'schema' stands there twice"),
+        ('{"schema": NaN}', "NaN is not a finite number"),
+        ("[]", "list, not an object"),
+    ],
+)
+def test_a_manifest_that_is_hardly_json(folder, text, named):
+    (folder / "manifest.json").write_text(text)
+    message = refusal(folder)
+    assert named in message
+    assert str(folder / "manifest.json") in message
+
+
+def _bucket(document, **changes):
+    document["buckets"][0].update(changes)
+
+
+def _clip(document, **changes):
+    document["buckets"][0]["geometry"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: d["files"][0].update(path="a\0b"), "leaves the artifact's folder"),
+        (lambda d: d.update(text_length=10**12), "text_length: 1000000000000 is not 1.."),
+        (lambda d: d.update(text_length=0), "text_length: 0"),
+        (lambda d: _clip(d, height=0), "buckets[0].geometry: "),
+        (lambda d: _clip(d, n_frames=10**9), "n_frames 1..65536"),
+        (lambda d: _clip(d, fps=0), "fps above 0"),
+        (lambda d: _clip(d, height=17), "does not divide 17x16"),
+        (lambda d: _bucket(d, latent_shape=[3, 3, 2**40, 2]), "does not divide 16x16"),
+        (lambda d: _bucket(d, latent_shape=[3, 2**40, 2, 2]), "more than 9 frames hold"),
+        (lambda d: d["source"].pop("model"), "source.model: not text"),
+        (lambda d: d["source"].update(files=[]), "source.files: not texts by name"),
+        (lambda d: d["recipe"].update(document=None), "recipe.document: not an object"),
+        (lambda d: d["layers"][0].update(shape=["4"]), "layers[0].shape: not whole numbers"),
+        (lambda d: d["sampler"].update(n_steps=10**9), "n_steps 1000000000: must be 1 to 1000"),
+        (lambda d: d["sampler"].update(shift="3"), "shift '3': must be a number"),
+        (lambda d: d["sampler"].update(solver=[]), "solver []: must be text"),
+    ],
+)
+def test_numbers_that_would_fill_memory_are_refused(folder, change, named):
+    edit(folder, change)
+    message = refusal(folder, verify=False)
+    assert named in message
+
+
+def test_a_link_that_leads_to_itself(folder):
+    path = folder / "transformer" / "config.json"
+    path.unlink()
+    path.symlink_to(path.name)
+    assert "transformer/config.json" in refusal(folder)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,3 +400,41 @@ def _killed_at(at: int, source: Any, out: Path, original: Path) -> None:
     with contextlib.suppress(HbxtError):
         import_model(source, out, checkpoint=original)
     os._exit(0)
+
+
+def _archive(path: Path, pickled: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3\n")
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}K\x01K\x02s.",  # a dict without tensors
+        b"\x80\x02" + b"(" * 10_000 + b".", b"\x80\x02X\xff\xff\xff\x7f", b"", b"}s.",
+        b"\x80\x02K\x01R.", b"\x80\x02h\x05.", b"\x80\x02X\x01\x00\x00\x00\xff.",
+        b"\x80\x02K\x01Q.", b"\x80\x02\x86.",
+    ],
+)  # fmt: skip
+def test_a_damaged_pickle_is_no_traceback(
+    pickled: bytes, imported: Imported, tmp_path: Path
+) -> None:
+    _archive(tmp_path / "student.pt", pickled)
+    with pytest.raises(SourceError, match=r"student\.pt: (damaged|holds)"):
+        imported(tmp_path / "student.pt")
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["[" * 50_000, "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}',
+     '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": "/b.safetensors"}}',
+     '{"weight_map": {"a": "b\\u0000.safetensors"}}', '{"weight_map": {"a": ".."}}'],
+)  # fmt: skip
+def test_an_index_names_files_beside_it(index: str, imported: Imported, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    save_file(original_tensors(), tmp_path / "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(SourceError, match=r"index\.json: not an index of safetensors files in"):
+        imported(folder)

@@ -206,8 +206,10 @@ def test_an_alpha_beside_the_tensors_counts(
         ('{"use_dora": true}', "use_dora: True"),
         ('{"transformer.alpha_pattern": {"to_q": 2}}', "alpha_pattern"),
         ('{"lora_alpha": "8"}', "expected a number"),
+        ('{"lora_alpha": true}', "expected a number"),
         ("[]", "not a JSON object"),
         ("x", "not valid JSON"),
+        ("[" * 50_000, "nested too deeply"),
     ],
 )
 def test_what_a_configuration_asks_for_and_is_not_done_is_refused(
@@ -258,3 +260,21 @@ def test_what_a_lora_makes_infinite_is_refused(merged: Merged) -> None:
     tensors[f"{_Q}.lora_B.weight"][0, 0] = float("nan")
     with pytest.raises(SourceError, match=r"to_q\.weight: holds NaN or infinity once the LoRAs"):
         merged(tensors)
+
+
+@pytest.mark.parametrize("told", [[1], {"format": 1}, None])
+def test_metadata_that_is_no_text_is_refused(told: object, micro_wan: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(_small(), path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": told, **json.loads(content[8 : 8 + length])}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(SourceError, match=r"lora\.safetensors: its __metadata__ is not text"):
+        import_model(locate(str(micro_wan)), tmp_path / "out", loras=[(path, 1.0)])
+
+
+def test_a_pair_of_rank_0_is_refused(merged: Merged) -> None:
+    none = {f"{_Q}.lora_A.weight": torch.zeros(0, 128), f"{_Q}.lora_B.weight": torch.zeros(128, 0)}
+    with pytest.raises(SourceError, match="rank 0"):
+        merged(none)

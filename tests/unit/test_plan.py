@@ -178,3 +178,11 @@ def test_what_a_model_is_too_large_for_is_left_out_and_said() -> None:
     small = make_plan(recipe, specs, dict.fromkeys(counts, 10**9))
     assert small.refine == refine
     assert small.left_out == ()
+
+
+def test_a_pattern_that_would_take_years_is_refused() -> None:
+    assert matches("*" * 500 + "a", "x" * 60 + "a")
+    with pytest.raises(ValueError, match="has 20 stars and 40 characters, at most 5"):
+        matches("*a" * 20, "a" * 60)
+    with pytest.raises(ValueError, match="characters"):
+        matches("a" * 2000, "a")

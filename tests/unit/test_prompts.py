@@ -3,8 +3,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from hbxt_compress.errors import RecipeError
 from hbxt_compress.prompts import PromptSet, load_prompts, seed_of
@@ -197,3 +201,51 @@ def test_a_set_without_clips_is_filed_as_it_was_before_there_were_any(tmp_path: 
         "kind": "PromptSet", "name": "mine", "summary": "s", "prompts": ["a"], "rows": None,
         "seed": 1, "n_steps": 4, "observe": [0, 3], "held_out": 0, "statistics": None,
     }  # fmt: skip
+
+
+def _table(folder: Path, columns: dict[str, Any], **how: Any) -> None:
+    parquet.write_table(pyarrow.table(columns), folder / "rows.parquet", **how)
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        ([None, "b"], "has 1 that are no text of 1..4000 characters:\n  row 1: None"),
+        ([1, 2], "row 1: 1\n  row 2: 2"),
+        (["", "b"], "row 1: ''"),
+        (["x" * 4001, "b"], "has 1 that are no text"),
+    ],
+)
+def test_rows_that_are_no_prompts_are_named(
+    tmp_path: Path, texts: list[object], problem: str
+) -> None:
+    _table(tmp_path, {"caption": ["passed over" if isinstance(texts[1], str) else 0, *texts]})
+    path = _rows(tmp_path, "rows.parquet")
+    with pytest.raises(RecipeError) as refused:
+        load_prompts(path)
+    assert problem in str(refused.value)
+    assert "rows.parquet" in str(refused.value)
+
+
+def test_a_small_file_of_a_million_million_rows_is_not_unpacked(tmp_path: Path) -> None:
+    once = pyarrow.array(["a clip"]).dictionary_encode()
+    many = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array(np.zeros(1_000_001, np.int32)), once.dictionary
+    )
+    _table(tmp_path, {"caption": many})
+    assert (tmp_path / "rows.parquet").stat().st_size < 10_000
+    with pytest.raises(RecipeError, match=r"rows\.parquet: 1,000,001 rows"):
+        load_prompts(_rows(tmp_path, "rows.parquet", "count: 2"))
+    _table(tmp_path, {"caption": ["x" * 300_000_000]}, compression="zstd", write_statistics=False)
+    with pytest.raises(
+        RecipeError, match=r"rows\.parquet: 1 rows, 300,000,\d+ bytes once unpacked"
+    ):
+        load_prompts(_rows(tmp_path, "rows.parquet", "count: 1"))
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    clips = 'clips: {folder: "a\\0b", height: 32, width: 32, n_frames: 5}\n'
+    with pytest.raises(RecipeError, match=r"clips\.folder: 'a.x00b': embedded null"):
+        load_prompts(_write(tmp_path, _SET + clips))
+    with pytest.raises(RecipeError, match="no name of a file"):
+        load_prompts("a\0b/set.yaml")

@@ -199,7 +199,7 @@ def test_the_report_must_be_of_this_artifact(artifact: Path, tmp_path: Path) -> 
     layers = Artifact.open(other).manifest.layers
     rewrite_manifest(other, layers=(replace(layers[0], error=0.02),))
     report = write_report(tmp_path / "report", other)
-    with pytest.raises(UsageError, match="report of another artifact: layers differ"):
+    with pytest.raises(UsageError, match="report of another artifact: artifact, layers differ"):
         release(artifact, report, tmp_path / "out")
     (report / "report.html").unlink()
     with pytest.raises(UsageError, match=r"lacks report\.html"):

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from hbxt_compress.errors import RuntimeUnavailable, UsageError
+from hbxt_compress.errors import ArtifactError, RuntimeUnavailable, UsageError
 from hbxt_compress.manifest import TargetRecord
 from hbxt_compress.runtime import session
 from hbxt_compress.runtime.gpus import Gpu
@@ -172,13 +172,13 @@ def test_a_graph_that_cannot_be_read(tmp_path):
     path = tmp_path / "transformer" / "model.onnx"
     path.parent.mkdir()
     path.write_bytes(b"nonsense")
-    with pytest.raises(RuntimeUnavailable, match=r"transformer/model\.onnx cannot run"):
+    with pytest.raises(ArtifactError, match=r"transformer/model\.onnx cannot run"):
         open_session(path, "cpu")
 
 
 def test_nothing_is_printed(graph, monkeypatch, capfd):
     open_session(graph, "cpu")
-    with pytest.raises(RuntimeUnavailable):
+    with pytest.raises(ArtifactError):
         open_session(graph.with_name("absent.onnx"), "cpu")
     assert capfd.readouterr() == ("", "")
 
@@ -222,3 +222,33 @@ def test_the_cache_folder_is_the_users(tmp_path):
     assert cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "hbxt"
     assert cache_folder({"XDG_CACHE_HOME": "not/absolute"}) == Path.home() / ".cache" / "hbxt"
     assert cache_folder({}) == Path.home() / ".cache" / "hbxt"
+
+
+def test_inputs_and_outputs_of_other_names_sizes_and_types_are_refused(graph):
+    opened = open_session(graph, "cpu", n_threads=1)
+    x = np.zeros((1, *LATENT_SHAPE), np.float32)
+    text, t = np.zeros((1, TEXT_LENGTH, 4), np.float32), np.zeros(1, np.float32)
+    inputs = {"hidden_states": x, "timestep": t, "encoder_hidden_states": text}
+    with pytest.raises(ArtifactError, match=r"transformer/model\.onnx: takes encoder_hidden"):
+        opened.run({"x": x})
+    with pytest.raises(ArtifactError, match=r"model\.onnx: fails on cpu: .*hidden_states"):
+        opened.run({**inputs, "hidden_states": x[:, :1]})
+    with pytest.raises(ArtifactError, match=r"has no output sample of shape \[1, 'any'\]"):
+        opened.run(inputs, sample=(1, None))
+    for shape in ((1, 3), (1, 3, 3, 2, 4)):
+        with pytest.raises(ArtifactError, match=r"gives float32 \[1, 3, 3, 2, 2\] as out_hidden"):
+            opened.run(inputs, out_hidden_states=shape)
+    found = opened.run(inputs, out_hidden_states=(1, 3, None, 2, 2))
+    assert found["out_hidden_states"].shape == x.shape
+
+
+def test_want_of_memory_is_no_damage(graph, monkeypatch):
+    opened = open_session(graph, "cpu", n_threads=1)
+
+    class Full:
+        def run(self, outputs, inputs):
+            raise session.RuntimeException("Failed to allocate memory for requested buffer")
+
+    monkeypatch.setattr(opened, "_inner", Full())
+    with pytest.raises(RuntimeUnavailable, match="fails on cpu: Failed to allocate"):
+        opened.run(dict.fromkeys(opened.input_shapes, np.zeros(1)))

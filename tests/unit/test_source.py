@@ -111,3 +111,65 @@ def test_hashes_are_remembered_and_notice_changes(broken: Path, tmp_path: Path) 
     assert locate(str(broken), memo).files == first.files
     (broken / "generation_config.json").write_text('{"height": 64}')
     assert locate(str(broken), memo).files != first.files
+
+
+def _written(path: Path, header: object, n_bytes: int = 16) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(n_bytes))
+    return path
+
+
+def _entry(**changes: object) -> dict[str, object]:
+    return {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        (b"[" * 50_000, "not JSON .nested too deeply"),
+        (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+        ([1], "its header is not a JSON object"),
+        ({"a": None}, "a: its entry lacks a dtype, a shape or two data_offsets"),
+        (_entry(data_offsets=[0]), "a: its entry lacks"),
+        (_entry(data_offsets=[0, 8.0]), "a: its entry lacks"),
+        (_entry(shape="4"), "a: its entry lacks"),
+        (_entry(shape=[-4]), "F32 .-4. at 0..16 is no tensor's size and place"),
+        (_entry(shape=[True] * 4), "is no tensor's size and place"),
+        (_entry(shape=[2**40, 2**40]), "is no tensor's size and place"),
+        (_entry(data_offsets=[16, 0]), "F32 .4. at 16..0 is no tensor's"),
+        (_entry(data_offsets=[-16, 0]), "is no tensor's size and place"),
+        (_entry(dtype=["F32"]), "holds dtypes .*F32"),
+        (_entry(data_offsets=[4, 20]), "a begins at byte 4 of the data, expected 0"),
+        (_entry() | {"b": _entry()["a"]}, "b begins at byte 0 of the data, expected 16"),
+    ],
+)
+def test_a_header_that_lies_is_refused_with_the_file(
+    header: object, problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=problem) as refused:
+        read_headers(_written(tmp_path / "w.safetensors", header))
+    assert "w.safetensors" in str(refused.value)
+
+
+def test_tensors_without_numbers_lie_anywhere(tmp_path: Path) -> None:
+    none = {"dtype": "F32", "shape": [0, 4]}
+    header = _entry() | {
+        "before": {**none, "data_offsets": [0, 0]},
+        "z": {**none, "data_offsets": [16, 16]},
+    }
+    found = read_headers(_written(tmp_path / "w.safetensors", header))
+    assert {name: one.shape for name, one in found.items()} == {
+        "a": (4,), "before": (0, 4), "z": (0, 4),
+    }  # fmt: skip
+
+
+def test_nobodys_home_is_no_model() -> None:
+    with pytest.raises(SourceError, match=r"'~nobody-of-that-name/x': .*home directory"):
+        locate("~nobody-of-that-name/x")
+
+
+def test_a_damaged_memo_of_hashes_is_made_anew(broken: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "files.json"
+    for content in ("[1]", "{", '{"a": [1]}', "[" * 50_000):
+        memo.write_text(content)
+        assert locate(str(broken), memo).files == locate(str(broken)).files

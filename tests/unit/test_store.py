@@ -117,3 +117,12 @@ def test_a_fact_may_be_any_of_several_packages(monkeypatch: pytest.MonkeyPatch) 
     assert _version("onnxruntime|onnxruntime-rocm") == "onnxruntime-rocm 1.22.2"
     with pytest.raises(StoreError, match="none of onnxruntime, numpy"):
         _version("onnxruntime|numpy")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"files": {"a": 1}}', "[" * 50_000])
+def test_a_damaged_record_is_named_with_its_remedy(text: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    entry = store.result(stage, text="a")
+    entry.folder.with_suffix(".json").write_text(text)
+    with pytest.raises(StoreError, match=rf"{entry.key}\.json: damaged .*delete it to re-make"):
+        store.result(stage, text="a")

@@ -188,3 +188,50 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
 def test_suggestions_are_close_or_none() -> None:
     assert did_you_mean("w4a61", ["w4a16", "fp16"]) == " (did you mean 'w4a16'?)"
     assert did_you_mean("zzz", ["w4a16", "fp16"]) == ""
+
+
+def test_aliases_that_nest_deeper_than_the_text_are_stopped(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [[[[x]]]]", *(f"a{i}: &a{i} [[[[*a{i - 1}]]]]" for i in range(1, 3000))]
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        load(Whole, _write(tmp_path, "\n".join(lines)))
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 90))]
+    with pytest.raises(RecipeError, match="unknown key") as caught:
+        load(Whole, _write(tmp_path, "\n".join(lines)))
+    assert max(map(len, str(caught.value).splitlines())) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('name: "a\\ud800"\n', "1: name: half a character"),
+        ('name: a\n"\\udfff": 1\n', "2: a key with half a character"),
+        (f"name: a\nratio: {'x' * 5000}\n", "2: ratio: must be a number, not 'xxx"),
+    ],
+)
+def test_messages_can_be_printed_and_read(tmp_path: Path, text: str, expected: str) -> None:
+    (line,) = _problems(tmp_path, text)
+    assert line.startswith(expected)
+    assert len(line.encode()) < 200
+
+
+class Either(Settings):
+    weights: str | Annotated[tuple[str, ...], Field(min_length=2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("weights: [a, 3, b]\n", ["1: weights[1]: must be text, not 3"]),
+        ("weights: [a, {b: c}]\n", ["1: weights[1]: must be text, not {'b': 'c'}"]),
+        ("weights: 3\n", ["1: weights: must be text, not 3"]),
+        ("weights: {a: 3}\n", ["1: weights: must be text, not {'a': 3}"]),
+        ("weights: [a]\n", ["1: weights: needs at least 2 of them"]),
+    ],
+)
+def test_of_several_types_the_one_that_was_meant_is_told(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    path = _write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load(Either, path)
+    assert str(caught.value).splitlines() == [f"{path}:{line}" for line in expected]

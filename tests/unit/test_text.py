@@ -125,3 +125,36 @@ def test_a_damaged_tokenizer(tmp_path, word_level):
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
     with pytest.raises(ArtifactError, match=r"'\[PAD\]' is not in the vocabulary"):
         PromptTokenizer(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", r"tokenizer_config\.json: not a JSON object"),
+        ('{"pad_token": 3}', "padding token 3 is not in the vocabulary"),
+        ('{"pad_token": {}}', "padding token None is not"),
+        ('{"pad_token": "<pad>", "padding_side": "up"}', "left or right: padding_side: 'up'"),
+        ('{"pad_token": "<pad>", "truncation_side": []}', "truncation_side: "),
+        ("[" * 50_000, "no readable tokenizer .nested too deeply"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(tmp_path, word_level, config, message):
+    (tmp_path / "tokenizer.json").write_text((word_level / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ArtifactError, match=message):
+        PromptTokenizer(tmp_path, 8)
+
+
+def test_what_tokenizers_panics_at_is_a_damaged_file(tmp_path, word_level, monkeypatch):
+    class PanicException(BaseException):
+        """As the Rust code's, which cannot be imported."""
+
+    def panics(path):
+        raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
+
+    monkeypatch.setattr(Tokenizer, "from_file", panics)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: .* it \(index out of bounds\)$"):
+        PromptTokenizer(word_level, 8)
+    monkeypatch.setattr(Tokenizer, "from_file", lambda path: (_ for _ in ()).throw(SystemExit(3)))
+    with pytest.raises(SystemExit):
+        PromptTokenizer(word_level, 8)
