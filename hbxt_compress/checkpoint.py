@@ -117,7 +117,9 @@ def _files(path: Path) -> list[Path]:
     if indices:
         try:
             named = set(read_json(indices[0])["weight_map"].values())
-            if not named or any(Path(name).name != name or "\0" in name for name in named):
+            if not named or any(
+                Path(name).name != name or name == ".." or "\0" in name for name in named
+            ):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SourceError(

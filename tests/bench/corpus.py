@@ -76,15 +76,22 @@ def drawn(n: int, first: int = 0) -> list[Scene]:
 
 
 def _redrawn(what: shapes.Scene) -> Callable[[np.ndarray], np.ndarray]:
-    def one(thing: shapes.Thing, t: float) -> shapes.Thing:
+    def one(thing: shapes.Thing, t: float, step: float) -> shapes.Thing:
         dx = {"left": -1, "right": 1}.get(thing.motion, 0) * thing.speed * t
         dy = {"up": -1, "down": 1}.get(thing.motion, 0) * thing.speed * t
         turn = 2 * np.pi * t / (shapes.N_FRAMES - 1)
-        return replace(thing, x=thing.x + dx, y=thing.y + dy, phase=thing.phase + turn)
+        speed = thing.speed if thing.motion == "circle" else thing.speed * step
+        return replace(thing, x=thing.x + dx, y=thing.y + dy, phase=thing.phase + turn, speed=speed)
+
+    def drawn_from(t: float, step: float) -> np.ndarray:
+        return shapes.draw(replace(what, things=tuple(one(x, t, step) for x in what.things)))
 
     def at(times: np.ndarray) -> np.ndarray:
-        scenes = [replace(what, things=tuple(one(x, t) for x in what.things)) for t in times]
-        return _soft(np.stack([shapes.draw(scene)[0] for scene in scenes]))
+        step = float(times[1] - times[0])
+        even = len(times) <= shapes.N_FRAMES and np.allclose(np.diff(times), step)
+        if even and all(thing.motion != "circle" for thing in what.things):
+            return _soft(drawn_from(float(times[0]), step)[: len(times)])
+        return _soft(np.stack([drawn_from(float(t), 1.0)[0] for t in times]))
 
     return at
 
@@ -127,11 +134,10 @@ def generated(folder: Path) -> list[Scene]:
 
 
 def _another(clips: Sequence[Clip], i: int) -> Clip:
-    return next(
-        clips[(i + k) % len(clips)]
-        for k in (5, 3, 7, 1)
-        if clips[(i + k) % len(clips)].prompt != clips[i].prompt
-    )
+    """Of a few other clips the one that looks least like it: one person is filmed many times."""
+    others = [clips[(i + k) % len(clips)] for k in (3, 5, 7, 11)]
+    size = clips[i].frames.astype(np.float32)
+    return max(others, key=lambda other: float(np.mean((other.frames - size) ** 2)))
 
 
 def _cropped(frame: np.ndarray, size: int) -> np.ndarray:

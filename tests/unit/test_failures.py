@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def scenes() -> list[Scene]:
 
 
 @pytest.fixture(scope="module")
-def good(scenes: list[Scene]) -> Mapping[str, list[float | None]]:
+def good(scenes: list[Scene]) -> dict[str, list[float | None]]:
     return measured(scenes, None, 0.0, ("nothing", *HONEST))[0]
 
 
@@ -145,7 +144,6 @@ SIGNS = [
     ("flicker", 3.0, "flicker", 1),
     ("local flicker", 4.0, "local_flicker", 1),
     ("noise left", 6.0, "grain", 1),
-    ("dropped frame", 1.0, "dropped_frame", 1),
     ("doubled frame", 1.0, "dropped_frame", -1),
 ]
 
@@ -268,7 +266,7 @@ def test_one_level_of_one_channel_is_one_level() -> None:
 
 @pytest.mark.parametrize("failure", [name for name in CORPUS if name != "one step early"])
 def test_what_people_see_is_caught(
-    scenes: list[Scene], good: Mapping[str, list[float | None]], failure: str
+    scenes: list[Scene], good: dict[str, list[float | None]], failure: str
 ) -> None:
     damage = CORPUS[failure]
     kinds = ("nothing", *HONEST)
@@ -309,17 +307,17 @@ def test_drawn_scenes_are_drawn_at_other_times(scenes: list[Scene]) -> None:
 
 
 def test_real_clips_are_judged_alike(shared_data: Path, tmp_path: Path) -> None:
-    names = ("asl_gestures_again.mkv", "asl_gestures_eat.mkv",
-             "live-examples_media_examples_stream-of-water.mp4", "video.mp4")  # fmt: skip
+    names = ("asl_gestures_again.mkv", "live-examples_media_examples_stream-of-water.mp4",
+             "video.mp4")  # fmt: skip
     for name in names:
         (tmp_path / name).symlink_to(shared_data / "clips" / name)
-    scenes = filmed(tmp_path, size=64, cuts=2)
+    scenes = filmed(tmp_path, size=96, cuts=2)
     assert len(scenes) >= len(names)
     kinds = ("nothing", *HONEST)
     good = measured(scenes, None, 0.0, kinds)[0]
     fired, _, by = false_alarms(good, N_TRIALS)
     assert fired == 0, by
-    for name in ("slow motion", "blur", "frozen", "seams", "black", "another clip's prompt"):
+    for name in ("slow motion", "blur", "frozen", "seams", "dropped frame"):
         damage = CORPUS[name]
         damaged, visible = measured(scenes, damage, damage.visible, kinds, damage.caught_by)
         whole, alone = caught(damaged, good, visible, damage, N_TRIALS)

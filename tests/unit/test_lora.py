@@ -258,7 +258,9 @@ def test_an_empty_file_is_refused(merged: Merged) -> None:
 def test_what_a_lora_makes_infinite_is_refused(merged: Merged) -> None:
     tensors = _small()
     tensors[f"{_Q}.lora_B.weight"][0, 0] = float("nan")
-    with pytest.raises(SourceError, match=r"to_q\.weight: holds NaN or infinity once the LoRAs"):
+    with pytest.raises(
+        SourceError, match=r"to_q\.weight: holds NaN or infinity once lora\.safetensors is added"
+    ):
         merged(tensors)
 
 

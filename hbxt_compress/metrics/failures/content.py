@@ -31,13 +31,13 @@ def _likeness(reference: Clip, candidate: Clip) -> np.ndarray | None:
     frame on the reference's frame that is most like it, so that neither speed nor noise counts.
     None where more than half of the reference's frames are flat.
     """
-    right, wrong = (miniature(clip.frames) for clip in (reference, candidate))
+    right, wrong = (miniature(clip.frames).astype(np.float64) for clip in (reference, candidate))
     drawn = right.std(axis=1) >= _FLAT
     if drawn.mean() < 0.5:
         return None
     right, wrong = (one[drawn] - one[drawn].mean(axis=1, keepdims=True) for one in (right, wrong))
-    sizes = np.einsum("tn,tn->t", right, right, dtype=np.float64)
-    products = (wrong @ right.T).astype(np.float64)
+    sizes = np.einsum("tn,tn->t", right, right)
+    products = wrong @ right.T
     best = np.argmax(products / np.sqrt(sizes), axis=1)
     t = np.arange(len(products))
     best = np.where(products[t, t] >= 0.9 * sizes, t, best)

@@ -214,8 +214,8 @@ class Uint8Wrap:
     name: str = "uint8_wrap"
     meaning: str = "values overflowed from white to black or back"
     unit: str = "% of values"
-    tolerance: float = 0.02
-    alarm: float | None = 0.03
+    tolerance: float = 0.005
+    alarm: float | None = 0.01
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of values, 0..100."""
@@ -255,9 +255,7 @@ GREEN_SHIFT = ColourShift(name="green_shift", channel=1, meaning="green is brigh
 BLUE_SHIFT = ColourShift(name="blue_shift", channel=2, meaning="blue is brighter or darker")
 CONTRAST = Contrast()
 SATURATION = Saturation()
-_ORDERS = {
-    "".join("RGB"[c] for c in (a, b, d)): ((a, b, d), 1) for a, b, d in permutations(range(3))
-}
+_ORDERS = {f"{'RGB'[r]}{'RGB'[g]}{'RGB'[b]}": ((r, g, b), 1) for r, g, b in permutations(range(3))}
 SWAPPED_CHANNELS = Remapped(
     name="swapped_channels",
     meaning="colour channels are swapped",

@@ -7,7 +7,6 @@ grain; with all distances at hand any order or speed is tried without another lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Self
 
 import numpy as np
@@ -31,9 +30,13 @@ def block_means(frames: np.ndarray, step: int) -> np.ndarray:
     down, across = min(step, frames.shape[1]), min(step, frames.shape[2])
     n_rows, n_columns = frames.shape[1] // down, frames.shape[2] // across
     kept = frames[:, : n_rows * down, : n_columns * across]
-    wide = np.uint16 if frames.dtype == np.uint8 and max(down, across) <= 257 else np.float32
-    rows = reduce(np.add, (kept[:, k::down].astype(wide) for k in range(down)))
-    blocks = reduce(np.add, (rows[:, :, k::across].astype(np.float32) for k in range(across)))
+    wide = np.uint16 if frames.dtype == np.uint8 and down <= 257 else np.float32
+    rows: np.ndarray = kept[:, ::down].astype(wide)
+    for k in range(1, down):
+        rows = rows + kept[:, k::down]
+    blocks: np.ndarray = rows[:, :, ::across].astype(np.float32)
+    for k in range(1, across):
+        blocks = blocks + rows[:, :, k::across]
     return np.asarray(blocks / np.float32(down * across))
 
 
@@ -58,7 +61,7 @@ class Timeline:
     @classmethod
     def of(cls, reference: np.ndarray, candidate: np.ndarray) -> Self:
         """The timeline of two clips' frames, uint8 T H W 3 of one shape."""
-        a, b = miniature(reference), miniature(candidate)
+        a, b = (miniature(side).astype(np.float64) for side in (reference, candidate))
         middle = a.mean(axis=0)  # small numbers lose nothing where squares are subtracted
         a, b = a - middle, b - middle
         return cls(across=_between(b, a), reference=_between(a, a), candidate=_between(b, b))
@@ -84,6 +87,5 @@ class Timeline:
 
 
 def _between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    products = (a @ b.T).astype(np.float64)
-    squares = [np.einsum("tn,tn->t", one, one, dtype=np.float64) for one in (a, b)]
-    return np.maximum(squares[0][:, None] + squares[1] - 2 * products, 0) / a.shape[1]
+    squares = [np.einsum("tn,tn->t", one, one) for one in (a, b)]
+    return np.maximum(squares[0][:, None] + squares[1] - 2 * (a @ b.T), 0) / a.shape[1]

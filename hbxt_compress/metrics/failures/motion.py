@@ -56,6 +56,22 @@ def _at_speeds(line: Timeline, n_frames: int) -> np.ndarray:
     return np.where(times <= last + 1e-9, nearer, 0)[:, :n_frames].sum(axis=1)
 
 
+def _speed(line: Timeline) -> float:
+    """The speed at which the reference is nearest, by the share of error that goes away.
+
+    Of a share, frames past the reference's end, which fewer are at a lower speed, take nothing.
+    """
+    last = len(line) - 1
+    times = _SPEEDS[:, None] * np.arange(len(line))
+    known = times <= last + 1e-9
+    left = np.where(known, line.at(np.minimum(times, last)), 0).sum(axis=1)
+    error = np.where(known, line.across.diagonal(), 0).sum(axis=1)
+    own = int(np.argmin(np.abs(_SPEEDS - 1)))
+    share = np.where(error > 0, left / np.where(error > 0, error, 1), np.inf)
+    best = int(np.argmin(share))
+    return float(_SPEEDS[best]) if share[best] < share[own] else 1.0
+
+
 def _shifted(line: Timeline, by: int, n_frames: int) -> tuple[float, float]:
     """The best of all clips that leave out `by` frames (less than 0: show one -by times more).
 
@@ -110,7 +126,7 @@ class SlowMotion:
             return None
         if _left_out(line):
             return None
-        return float(100 * (_SPEEDS[np.argmax(_at_speeds(line, len(line)))] - 1))
+        return float(100 * (_speed(line) - 1))
 
 
 SLOW_MOTION = SlowMotion()
@@ -170,14 +186,15 @@ class RepeatedFrame:
         line = _timeline(reference, candidate)
         if line is None:
             return None
-        own, before = line.across.diagonal()[1:-1], line.across.diagonal(-1)[:-1]
-        after, step = line.across.diagonal(1)[1:], line.steps
-        nearer = np.maximum(own - before - 0.5 * step[:-1], own - after - 0.5 * step[1:])
-        fits = np.minimum(line.candidate.diagonal(1)[:-1], line.candidate.diagonal(1)[1:])
-        around = 0.5 * (own[:-2] + own[2:])
-        copied = (nearer > 0) & (fits < 0.3 * np.minimum(step[:-1], step[1:]))
-        alone = own[1:-1] > 2 * around
-        return float(np.sum(copied[1:-1] & alone & (step[1:-2] >= _STILL)))
+        own, step = line.across.diagonal(), line.steps
+        least = np.minimum(step[:-1], step[1:])
+        before, after = line.across.diagonal(-1)[:-1], line.across.diagonal(1)[1:]
+        nearer = np.maximum(own[1:-1] - before - step[:-1] / 2, own[1:-1] - after - step[1:] / 2)
+        around = (own[:-2] + own[2:]) / 2
+        change = line.candidate.diagonal(1)
+        same = np.minimum(change[:-1], change[1:]) < 0.3 * least + 3 * around
+        alone = own[1:-1] - around > 0.5 * least
+        return float(np.sum((nearer > 0) & same & alone & (least >= _STILL)))
 
 
 REPEATED_FRAME = RepeatedFrame()
@@ -211,8 +228,8 @@ class FrameShuffle:
     name: str = "frame_shuffle"
     meaning: str = "frames are out of order"
     unit: str = "% of frames"
-    tolerance: float = 4.0
-    alarm: float | None = 10.0
+    tolerance: float = 3.0
+    alarm: float | None = 5.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of changes that go back, 0..100; None where the picture does not move."""

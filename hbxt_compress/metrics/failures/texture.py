@@ -108,7 +108,7 @@ class Seams:
     meaning: str = "borders of tiles are seen"
     unit: str = "levels of 255"
     tolerance: float = 0.5
-    alarm: float | None = 1.3
+    alarm: float | None = 1.1
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """The step at the borders of the most likely tiling, less that of their neighbours.
@@ -123,16 +123,19 @@ class Seams:
 
 _RUN = 8  # pixels of a border whose step has one sign
 _MOST_FRAMES = 16  # looked at, for borders stay where they are
-_MOVED = 0.15  # pixels by which the picture may be moved, so that its edges step too
+_MOVED = 0.1  # pixels by which the picture may be moved, so that its edges step too
+_UNSURE = 0.3  # of the scatter of steps, by how much their median may be off
 
 
 def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     """The step across columns, of T H W."""
     own = np.diff(right, axis=2)
-    came = _middle(np.diff(wrong, axis=2) - own)
-    edge = np.pad(_middle(np.abs(own)), ((0, 0), (1, 1)))
+    steps = _runs(np.diff(wrong, axis=2) - own)
+    came = np.median(steps, axis=-1)
+    scatter = np.abs(steps - came[..., None]).mean(axis=-1)
+    edge = np.pad(np.median(_runs(np.abs(own)), axis=-1), ((0, 0), (1, 1)))
     edge = np.max([edge[:, :-2], edge[:, 1:-1], edge[:, 2:]], axis=0)
-    energy = np.maximum(came**2 - (_MOVED * edge) ** 2, 0)
+    energy = np.maximum(came**2 - (_UNSURE * scatter) ** 2 - (_MOVED * edge) ** 2, 0)
     # A border runs through the frame: it is as strong as in its weaker runs.
     profile = np.quantile(energy, 0.4, axis=0)
     padded = np.pad(profile, 3, mode="reflect")
@@ -145,13 +148,12 @@ def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     return float(np.sqrt(best))
 
 
-def _middle(steps: np.ndarray) -> np.ndarray:
-    """Medians over time and runs of rows, of steps T H W: float64, runs W."""
+def _runs(steps: np.ndarray) -> np.ndarray:
+    """Steps T H W along runs of rows at any time: runs, W, steps."""
     every = -(-len(steps) // _MOST_FRAMES)
-    n_runs = steps.shape[1] // _RUN
-    kept = steps[::every, : n_runs * _RUN]
-    kept = kept.reshape(len(kept), n_runs, _RUN, -1).transpose(1, 3, 0, 2)
-    return np.median(kept.reshape(n_runs, kept.shape[1], -1), axis=-1).astype(np.float64)
+    n_runs, width = steps.shape[1] // _RUN, steps.shape[2]
+    kept = steps[::every, : n_runs * _RUN].reshape(-1, n_runs, _RUN, width)
+    return kept.transpose(1, 3, 0, 2).reshape(n_runs, width, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
