@@ -10,6 +10,8 @@ VENV ?= .venv
 # rocm or migraphx put that build of ONNX Runtime in place of the CPU one; for torch on ROCm also
 # say TORCH_INDEX=https://download.pytorch.org/whl/rocm<version> before the first install
 EXTRA ?=
+# of `release`: a private key in PEM
+KEY ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 # of bench-scale's random checkpoints; 5B needs 10 GB of disk for the checkpoint, as much for results,
@@ -26,7 +28,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate generate recipes test check bench bench-quality bench-scale bench-speed bench-students bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate release generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -56,11 +58,21 @@ quantize: $(VENV)/installed ## compress MODEL by RECIPE, measure the loss: build
 evaluate: $(VENV)/installed ## measure the loss again
 	$(HBXT) evaluate $(ARTIFACT) --store $(STORE) --out $(REPORT)
 
+release: $(VENV)/installed ## artifact, report, card and licences in one folder: build/<recipe>/release; KEY=key.pem signs it
+	rm -rf $(BUILD)/$(NAME)/release
+	$(HBXT) release $(ARTIFACT) --report $(REPORT) --out $(BUILD)/$(NAME)/release $(if $(KEY),--key $(KEY))
+
 generate: $(VENV)/installed ## a clip of PROMPT with the compressed model: build/<recipe>/clip.mp4
 	$(HBXT) generate $(ARTIFACT) --prompt "$(PROMPT)" --out $(BUILD)/$(NAME)/clip.mp4
 
 recipes: $(VENV)/installed ## list the recipes
 	$(HBXT) recipes
+
+browser: $(VENV)/installed ## a Chromium for the tests of pages, if one can be had: Debian's, or Playwright's
+	@command -v chromium >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } \
+		|| $(BIN)/python -m playwright install --with-deps chromium </dev/null \
+		|| echo "no Chromium can be had here, tests/browser will be skipped"
 
 test: $(VENV)/installed ## run every test
 	$(BIN)/python -m pytest
@@ -88,6 +100,9 @@ bench-speed: $(VENV)/installed ## a step of every component beside torch, and re
 
 bench-students: $(VENV)/installed ## students beside their teacher, 256 clips each: build/bench/students.{json,md}
 	$(BIN)/python tests/bench/students.py --out $(BUILD)/bench
+
+bench-gate: $(VENV)/installed ## how often the gate fails full precision disturbed by rounding: build/bench/gate.json
+	$(BIN)/python tests/bench/gate.py --store $(STORE) --out $(BUILD)/bench
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hbxt_compress.evaluation import evaluate
     from hbxt_compress.machine import Machine
-    from hbxt_compress.pipeline import compress, evaluate, plan
+    from hbxt_compress.pipeline import compress, plan
     from hbxt_compress.recipe import load_recipe
     from hbxt_compress.runtime.generate import Runtime
     from hbxt_compress.store import Store
@@ -32,7 +33,7 @@ _HOMES = {
     "Runtime": "runtime.generate",
     "Store": "store",
     "compress": "pipeline",
-    "evaluate": "pipeline",
+    "evaluate": "evaluation",
     "load_recipe": "recipe",
     "load_suite": "suite",
     "plan": "pipeline",

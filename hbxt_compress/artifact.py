@@ -13,23 +13,30 @@ and so do those for tiles of a frame (model_tile_first_256x256.onnx, model_tile_
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 from hbxt_compress.errors import ArtifactError, listing
 from hbxt_compress.external_data import external_data_problems
-from hbxt_compress.json_text import read_json
+from hbxt_compress.file_records import (
+    SEAL,
+    is_inside,
+    is_sealed,
+    paths_under,
+    record,
+    record_problems,
+    sealed,
+    sha256_of,
+)
+from hbxt_compress.json_text import parse_json
 from hbxt_compress.manifest import REMEDY, FileRecord, Manifest
+from hbxt_compress.released import is_note, released_beside
 
 __all__ = ["MANIFEST", "Artifact", "record_files", "write_manifest"]
 
 MANIFEST = "manifest.json"
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +45,11 @@ class Artifact:
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Digest of the manifest's bytes, which name those of every other file."""
+        return sha256_of(self.folder / MANIFEST)
 
     def key(self) -> dict[str, object]:
         """What stands for this artifact in a result's key: its manifest, which hashes its files."""
@@ -54,10 +66,10 @@ class Artifact:
         manifest = _read_manifest(folder)
         problems = [
             *_needed_problems(manifest),
-            *_record_problems(folder, manifest.files, verify=verify),
+            *record_problems(folder, manifest.files, by="the manifest", verify=verify),
             *_extra_problems(folder, manifest.files),
         ]
-        inside = {record.path for record in manifest.files if _is_inside(folder, record.path)}
+        inside = {record.path for record in manifest.files if is_inside(folder, record.path)}
         for path in sorted(inside):
             if path.endswith(".onnx") and (folder / path).is_file():
                 parent = PurePosixPath(path).parent
@@ -71,20 +83,15 @@ class Artifact:
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:
     """Every file under the folder but the manifest, by path, with sha256 and size."""
-    return tuple(
-        FileRecord(
-            path=path, sha256=_sha256(folder / path), size_bytes=(folder / path).stat().st_size
-        )
-        for path in _paths(folder)
-    )
+    own = (MANIFEST, f".{MANIFEST}.partial")
+    return tuple(record(folder, path) for path in paths_under(folder) if path not in own)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Writes manifest.json, whole or not at all, and returns its path. Do it last."""
     path = folder / MANIFEST
     temporary = folder / f".{MANIFEST}.partial"
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(sealed(manifest.to_json()), encoding="utf-8")
     temporary.replace(path)
     return path
 
@@ -98,13 +105,21 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactError(f"{folder}: not an artifact, it has no {MANIFEST}; {REMEDY}")
     try:
-        document = read_json(path)
+        content = path.read_bytes()
+        document = parse_json(content)
     except ValueError as error:
         raise ArtifactError(f"{path}: not JSON ({error}); {REMEDY}") from error
+    sealed_too = (
+        isinstance(document, dict) and SEAL in document
+    )  # those of earlier versions are not
+    told = {k: v for k, v in document.items() if k != SEAL} if sealed_too else document
     try:
-        return Manifest.from_json(document)
+        manifest = Manifest.from_json(told)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    if sealed_too and not is_sealed(content, document):
+        raise ArtifactError(f"{path}: changed: it and its own digest differ; {REMEDY}")
+    return manifest
 
 
 def _needed_problems(manifest: Manifest) -> list[str]:
@@ -123,46 +138,11 @@ def _needed_problems(manifest: Manifest) -> list[str]:
     ]
 
 
-def _record_problems(folder: Path, files: Sequence[FileRecord], *, verify: bool) -> Iterator[str]:
-    for record in files:
-        path = folder / record.path
-        if not _is_inside(folder, record.path):
-            yield f"{record.path}: leaves the artifact's folder (a link, '..' or an absolute path)"
-        elif not path.is_file():
-            yield f"{record.path}: missing"
-        elif (size := path.stat().st_size) != record.size_bytes:
-            yield f"{record.path}: {size} bytes, the manifest says {record.size_bytes}"
-        elif verify and (found := _sha256(path)) != record.sha256:
-            yield f"{record.path}: sha256 {found[:12]}, the manifest says {record.sha256[:12]}"
-
-
 def _extra_problems(folder: Path, files: Sequence[FileRecord]) -> list[str]:
-    listed = {record.path for record in files}
-    return [f"{path}: not in the manifest" for path in _paths(folder) if path not in listed]
-
-
-def _is_inside(folder: Path, path: str) -> bool:
-    pure = PurePosixPath(path)
-    if not path or {"\\", "\0"} & set(path) or pure.is_absolute() or ".." in pure.parts:
-        return False
-    try:
-        return (folder / path).resolve().is_relative_to(folder.resolve())
-    except RuntimeError:  # a link that leads to itself
-        return False
-
-
-def _paths(folder: Path) -> list[str]:
-    """Files and linked folders under the folder, sorted; links are not walked into."""
-    found = []
-    for where, folders, files in os.walk(folder):
-        linked = [name for name in folders if Path(where, name).is_symlink()]
-        found += [Path(where, name).relative_to(folder).as_posix() for name in [*files, *linked]]
-    return sorted(path for path in found if path not in (MANIFEST, f".{MANIFEST}.partial"))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    known = {MANIFEST, f".{MANIFEST}.partial", *(record.path for record in files)}
+    beside = released_beside(folder)
+    return [
+        f"{path}: not in the manifest"
+        for path in paths_under(folder)
+        if path not in known and path not in beside and not is_note(path, beside)
+    ]

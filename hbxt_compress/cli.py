@@ -16,11 +16,11 @@ import click
 
 from hbxt_compress import ending
 from hbxt_compress.cli_import import import_
+from hbxt_compress.cli_quality import accept, bisect_, compare, evaluate, results
 from hbxt_compress.cli_recipes import copy, recipes, show_recipe
+from hbxt_compress.cli_release import explain_, push_, release_, verify
 from hbxt_compress.errors import (
     CheckFailed,
-    QualityGateFailed,
-    QualityUndecided,
     RuntimeUnavailable,
     UsageError,
 )
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from hbxt_compress.runtime.session import Provider
 
 __all__ = [
-    "BUILTIN", "check", "doctor", "evaluate", "generate", "hbxt", "main", "plan",
-    "quantize", "results", "status", "verify",
+    "BUILTIN", "check", "doctor", "generate", "hbxt", "main", "plan", "quantize", "status",
 ]  # fmt: skip
 
 BUILTIN = "builtin/tiny-wan"
@@ -189,44 +188,6 @@ def quantize(
 
 @hbxt.command()
 @click.argument("artifact", type=_path)
-@click.option("--suite", "suite_name", help="Name or file; default: what the recipe promises on.")
-@click.option("--model", help="Full-precision model, if it has moved.")
-@click.option("--out", type=_path, help="Folder for the report; default: in the store.")
-@_store
-@_device
-@_threads
-@_json
-@click.pass_obj
-def evaluate(
-    ranks: Ranks, artifact: Path, suite_name: str | None, model: str | None, out: Path | None,
-    store: Path, device: str, threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Measure what ARTIFACT lost.
-
-    Against the full-precision model, with the same prompts and noise. Exit 3: a promise is broken;
-    4: it could not be decided.
-    """
-    from hbxt_compress import pipeline, show
-    from hbxt_compress.artifact import Artifact
-    from hbxt_compress.machine import Machine
-    from hbxt_compress.store import Store
-    from hbxt_compress.suite import load_suite
-
-    promised = Artifact.open(artifact, verify=True).manifest.recipe
-    suite = load_suite(suite_name or _promised_suite(promised))
-    machine = Machine(device=ranks.device(device), n_threads=threads)
-    report = pipeline.evaluate(
-        artifact, suite, Store(store, ranks), model=model, out=out, machine=machine
-    )
-    show.report(report, out, as_json)
-    if report.outcome == "fail":
-        raise QualityGateFailed("a promise of the recipe is broken; see the verdicts above")
-    if report.outcome == "undecided":
-        raise QualityUndecided("a promise could not be decided; see the verdicts above")
-
-
-@hbxt.command()
-@click.argument("artifact", type=_path)
 @click.option("--prompt", required=True, help="What the clip shows.")
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--steps", type=click.IntRange(1, 1000), help="Default: the model's own.")
@@ -276,16 +237,6 @@ def generate(
 
 
 @hbxt.command()
-@click.argument("artifact", type=_path)
-def verify(artifact: Path) -> None:
-    """Check ARTIFACT against its manifest."""
-    from hbxt_compress import show
-    from hbxt_compress.artifact import Artifact
-
-    show.verified(Artifact.open(artifact, verify=True))
-
-
-@hbxt.command()
 @click.argument("path", type=_path, metavar="ARTIFACT|FILE.onnx")
 @click.option("--target", "targets", multiple=True, help="gfx1201, cpu, ...; may be repeated.")
 @click.option("--runtime", help="What must run it; default: migraphx, on the target cpu cpu.")
@@ -314,7 +265,7 @@ def doctor(provider: str | None, store: Path, as_json: bool) -> None:
     """Look at this machine: what runs a graph, and what is in the way.
 
     Wheels of ONNX Runtime and whether they clash, GPUs, ROCm, which providers really run two nodes,
-    memory and disk; each with a remedy. Exit 1 if something must be mended.
+    memory and disk, metrics that are optional; each with a remedy. Exit 1 if one must be mended.
     """
     from hbxt_compress import show
     from hbxt_compress.doctor import examine
@@ -339,24 +290,11 @@ def status(recipe: str, model: str, store: Path, as_json: bool) -> None:
     show.status(pipeline.status(load_recipe(recipe), model, Store(store)), as_json)
 
 
-@hbxt.command()
-@click.argument("reports", type=_path, nargs=-1, required=True)
-def results(reports: tuple[Path, ...]) -> None:
-    """Print REPORTS (folders) as one Markdown table."""
-    from hbxt_compress.render.results import results_table
-    from hbxt_compress.report import QualityReport
-
-    click.echo(results_table([QualityReport.load(folder) for folder in reports]), nl=False)
-
-
-for _command in (import_, recipes, show_recipe, copy):
+for _command in (
+    evaluate, bisect_, accept, compare, results, import_, recipes, show_recipe, copy, release_,
+    verify, explain_, push_,
+):  # fmt: skip
     hbxt.add_command(_command)
-
-
-def _promised_suite(recipe: object) -> str:
-    document = recipe.get("document", recipe) if isinstance(recipe, dict) else {}
-    accept = document.get("accept")
-    return str(accept.get("suite", "standard")) if isinstance(accept, dict) else "standard"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Self
+from typing import Self, overload
 
 import av
 import numpy as np
@@ -33,10 +33,12 @@ __all__ = [
     "Clip",
     "ClipSet",
     "HealthTally",
+    "StoredClips",
     "contact_sheet",
     "health",
     "read_video",
     "to_uint8",
+    "write_lossless_mp4",
     "write_mp4",
 ]
 
@@ -93,6 +95,25 @@ class Clip:
             raise StoreError(f"{path.name}: not a readable clip ({error})") from error
 
 
+@dataclass(frozen=True, slots=True)
+class StoredClips(Sequence[Clip]):
+    """The clips of files, each read when it is asked for and not kept."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, i: int) -> Clip: ...
+    @overload
+    def __getitem__(self, i: slice) -> StoredClips: ...
+    def __getitem__(self, i: int | slice) -> Clip | StoredClips:
+        if isinstance(i, slice):
+            return StoredClips(self.paths[i])
+        return Clip.load(self.paths[i])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClipSet:
     """Clips in the order of the suite that asked for them.
@@ -100,7 +121,7 @@ class ClipSet:
     On disk one file a clip and clips.json, written last: without it there is no clip set.
     """
 
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
 
     @staticmethod
     def file_name(i: int) -> str:
@@ -139,7 +160,7 @@ class ClipSet:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """The clips of a folder, every frame checked against its digest.
+        """The clips of a folder, every frame checked against its digest; read when asked for.
 
         Raises:
             StoreError: no or unreadable clips.json; clips that are missing or changed (all named).
@@ -151,17 +172,15 @@ class ClipSet:
             raise StoreError(
                 f"{folder / _INDEX}: no clip set ({error}); sample it again"
             ) from error
-        clips, problems = [], []
+        problems = []
         for name, sha256 in index:
             try:
-                clips.append(Clip.load(folder / name))
+                if Clip.load(folder / name).sha256 != sha256:
+                    problems.append(f"{name}: frames changed since they were written")
             except StoreError as error:
                 problems.append(str(error))
-                continue
-            if clips[-1].sha256 != sha256:
-                problems.append(f"{name}: frames changed since they were written")
         _refuse(folder, problems)
-        return cls(clips=tuple(clips))
+        return cls(clips=StoredClips(tuple(folder / name for name, _ in index)))
 
 
 def to_uint8(samples: np.ndarray) -> np.ndarray:
@@ -245,6 +264,30 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return n_frames
+
+
+def write_lossless_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes frames (uint8 T H W 3) as H.264 in RGB, which a reader gives back to the bit.
+
+    Raises:
+        RuntimeUnavailable: this PyAV has no libx264rgb.
+    """
+    if "libx264rgb" not in av.codecs_available:
+        raise RuntimeUnavailable(
+            f"this PyAV {av.__version__} has no encoder libx264rgb; "
+            "install the `av` wheel from the package index"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        for frame in frames:
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(rgb))
+        container.mux(stream.encode(None))
 
 
 def read_video(path: Path, *, max_frames: int | None = None) -> np.ndarray:

@@ -22,6 +22,7 @@ import numpy as np
 from hbxt_compress.errors import RuntimeUnavailable
 from hbxt_compress.graph.table import table
 from hbxt_compress.graph.two_nodes import INPUT, OUTPUT, write_two_nodes
+from hbxt_compress.metrics import METRICS, Unavailable, WeightFiles
 from hbxt_compress.runtime.gpus import Gpu, find_gpus
 from hbxt_compress.runtime.session import Provider, installed_providers, open_session
 
@@ -39,6 +40,7 @@ _LIKE: Final = {  # family -> the chip of it that code is built for, as the over
 }
 _HIDING: Final = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 _GB: Final = 1e9
+_SLOW_LANE: Final = ("vmaf", "cvvdp", "vbench", "fvd_i3d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ def examine(
         *_rocm(root),
         *_providers(required, bool(gpus)),
         *_room(store),
+        *_slow_lane(environment),
     )
 
 
@@ -211,3 +214,22 @@ def _room(store: Path) -> Iterator[Finding]:
         there = there.parent
     free = shutil.disk_usage(there).free
     yield Finding(about="disk", state="ok", what=f"{free / _GB:.1f} GB free for {store}")
+
+
+def _slow_lane(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Metrics that need more than the project brings: what opens them, or how to get it."""
+    files = WeightFiles.from_environment(environment)
+    for start in _SLOW_LANE:
+        opened: list[str] = []
+        missing: dict[str, str] = {}
+        for name in (name for name in METRICS if name.startswith(start)):
+            try:
+                opened.append(METRICS[name].load(files).extractor or name)
+            except Unavailable as reason:
+                what, colon, remedy = str(reason).rpartition(": ")
+                missing[what if colon else remedy] = remedy if colon else ""
+        about = f"metric {start}"
+        for what, remedy in missing.items():
+            yield Finding(about=about, state="note", what=what, remedy=remedy)
+        if not missing:
+            yield Finding(about=about, state="ok", what="; ".join(dict.fromkeys(opened)))

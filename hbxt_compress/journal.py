@@ -47,6 +47,7 @@ class Journal:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder, self._rank = folder, rank
         self._pieces: dict[str, Mapping[str, FileNote]] = {}
+        self._seconds: dict[str, float] = {}
         self._digests: dict[tuple[int, int, int], str] = {}
         self._n_expected: int | None = None
         for path in (folder / _NAME, *self._others_files()):
@@ -152,6 +153,10 @@ class Journal:
             if path not in own and scratch_of(self._folder) not in path.parents
         }
 
+    def seconds(self) -> dict[str, float]:
+        """How long each finished piece took to make."""
+        return dict(self._seconds)
+
     def _is_checkpoint(self, path: Path) -> bool:
         return path.parent == scratch_of(self._folder) and path.suffix == _CHECKPOINT
 
@@ -172,6 +177,8 @@ class Journal:
             self._n_expected = line["expected"]
             return
         name = line["name"]
+        if isinstance(took := line.get("seconds"), int | float):
+            self._seconds[name] = float(took)
         whole = {name: {"size": line["bytes"], "sha256": line["sha256"]}}
         self._pieces[name] = {f: FileNote(**about) for f, about in line.get("files", whole).items()}
 

@@ -13,12 +13,17 @@ from hbxt_compress.strict import did_you_mean
 
 __all__ = ["ROOTS", "Shelf", "find", "folder", "is_path", "names"]
 
-Shelf = Literal["recipes", "calibration", "eval/suites"]
+Shelf = Literal["recipes", "calibration", "eval/suites", "eval/baselines"]
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOTS: Final = (_PACKAGE / "_bundled", _PACKAGE.parent)
 
-_NOUN = {"recipes": "recipe", "calibration": "prompt set", "eval/suites": "suite"}
+_NOUN = {
+    "recipes": "recipe",
+    "calibration": "prompt set",
+    "eval/suites": "suite",
+    "eval/baselines": "baseline",
+}
 
 
 def folder(shelf: Shelf, roots: tuple[Path, ...] = ROOTS) -> Path:

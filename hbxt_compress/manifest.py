@@ -100,8 +100,8 @@ class Manifest:
     components: component -> bytes of its weights at full precision (16 bit) and in this artifact.
     buckets: clip sizes, the first is what a user gets who asks for none. text_length: tokens a
     prompt is padded to. latents: per channel mean and std that turn them into what the VAE decodes
-    (z * std + mean). lineage: the stages that led here with their digests. session: ONNX Runtime
-    session options that the numbers rely on. targets: what it was checked for.
+    (z * std + mean). lineage: the stages that led here, with versions and digests. session: ONNX
+    Runtime session options that the numbers rely on. targets: what it was checked for.
     """
 
     schema: int

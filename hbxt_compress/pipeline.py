@@ -7,10 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 from hbxt_compress.algorithms import AnyDecoder, AnyDistiller
-from hbxt_compress.artifact import Artifact
 from hbxt_compress.costs.prediction import (
     Prediction,
     is_small,
@@ -20,8 +18,9 @@ from hbxt_compress.costs.prediction import (
 )
 from hbxt_compress.costs.rates import find_rates
 from hbxt_compress.costs.training import TrainingCost, training_costs
-from hbxt_compress.errors import ArtifactError, PlanError, SourceError, listing
+from hbxt_compress.errors import PlanError
 from hbxt_compress.geometry import Geometry
+from hbxt_compress.journal import file_sha256
 from hbxt_compress.lightened import as_if_lightened
 from hbxt_compress.machine import Machine
 from hbxt_compress.models import family_of
@@ -36,8 +35,7 @@ from hbxt_compress.plan import (
 )
 from hbxt_compress.prompts import PromptSet, load_prompts
 from hbxt_compress.publish import publish
-from hbxt_compress.recipe import Recipe, distillers, load_recipe
-from hbxt_compress.report import QualityReport
+from hbxt_compress.recipe import Recipe
 from hbxt_compress.source import Source, locate
 from hbxt_compress.stages.calibrate import calibrate
 from hbxt_compress.stages.distill import STUDENT, distill
@@ -48,17 +46,27 @@ from hbxt_compress.stages.probe import probe, read_damages
 from hbxt_compress.stages.quantize import quantize
 from hbxt_compress.stages.ranges import ranges
 from hbxt_compress.stages.refine import refine
-from hbxt_compress.stages.report import report, weights_at_hand
-from hbxt_compress.stages.sample import sample
 from hbxt_compress.stages.teach import teach
 from hbxt_compress.stages.view import n_real_clips, view
 from hbxt_compress.store import Entry, Missing, Store
-from hbxt_compress.suite import Suite
 
-__all__ = ["compress", "evaluate", "foresee", "plan", "require_room_for", "status", "training"]
+__all__ = [
+    "artifact_of",
+    "compress",
+    "foresee",
+    "located",
+    "plan",
+    "plan_of",
+    "published",
+    "ranges_of",
+    "require_room_for",
+    "rounded_of",
+    "status",
+    "student_of",
+    "training",
+]
 
 log = logging.getLogger(__name__)
-_REFERENCE = "fp32"  # the recipe whose clips every artifact's are compared with
 
 
 def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
@@ -67,18 +75,18 @@ def plan(recipe: Recipe, model: str, store: Store, *, machine: Machine) -> Plan:
     Reads nothing but file headers, unless the recipe has a budget: then the layers are measured.
     Those of a student that is still to be made cannot be: its plan is assumed, as by `foresee`.
     """
-    located = locate(model, hashed=False)
+    found = locate(model, hashed=False)
     if recipe.budget is None:
-        with as_if_lightened(located, recipe.decoder) as student:
-            return _plan(recipe, student, store, machine)
-    source = _located(model, store)
+        with as_if_lightened(found, recipe.decoder) as student:
+            return plan_of(recipe, student, store, machine)
+    source = located(model, store)
     try:
-        student = _student(recipe.distill, recipe.decoder, source, store.peek(), Machine())
+        student = student_of(recipe.distill, recipe.decoder, source, store.peek(), Machine())
     except Missing:
         log.warning("plan: the student is not made yet; its budget's smallest formats are assumed")
-        with as_if_lightened(located, recipe.decoder) as student:
+        with as_if_lightened(found, recipe.decoder) as student:
             return _assumed(recipe, student)
-    return _plan(recipe, student, store, machine)
+    return plan_of(recipe, student, store, machine)
 
 
 def foresee(
@@ -138,69 +146,36 @@ def compress(
 
     sizes: of the clips that it is to generate, as 704x1280x121,480x832x81; None: the model's own.
     """
-    source = _located(model, store)
-    student = _student(recipe.distill, recipe.decoder, source, store, machine)
-    entry = _artifact(recipe, student, store, machine, _clips(source, sizes))
-    return _published(store, entry, out, mark="manifest.json")
-
-
-def evaluate(
-    artifact: Path,
-    suite: Suite,
-    store: Store,
-    *,
-    machine: Machine,
-    model: str | None = None,
-    out: Path | None = None,
-) -> QualityReport:
-    """The quality of an artifact against its model in full precision, both in the same runtime.
-
-    A student's sets of clips are also measured against those of the model it was distilled from.
-    """
-    candidate = Artifact.open(artifact)
-    sources = _sources_of(candidate, model, store, machine)
-    size, precise = candidate.manifest.geometry, load_recipe(_REFERENCE)
-    made = [_artifact(precise, source, store, machine, (size,)) for source in sources]
-    clips = [
-        store.result(
-            sample, artifact=one, items=suite.items(), n_steps=_steps(one, suite), on=machine
-        )
-        for one in (candidate, *(Artifact.open(entry.folder) for entry in made))
-    ]
-    entry = store.result(
-        report,
-        reference=clips[-1],
-        candidate=clips[0],
-        artifact=candidate,
-        suite=suite,
-        weights=weights_at_hand(suite.metrics),
-        **({"original": clips[1]} if len(made) > 1 else {}),
-    )
-    return QualityReport.load(_published(store, entry, out, mark="report.json"))
+    source = located(model, store)
+    student = student_of(recipe.distill, recipe.decoder, source, store, machine)
+    entry = artifact_of(recipe, student, store, machine, _clips(source, sizes))
+    return published(store, entry, out, mark="manifest.json")
 
 
 def status(recipe: Recipe, model: str, store: Store) -> list[tuple[str, str, str, str]]:
     """(stage, key, state, finished pieces) of each step, up to the first that is not done."""
     peek = store.peek()
     with suppress(Missing):
-        source = _located(model, store)
-        student = _student(recipe.distill, recipe.decoder, source, peek, Machine())
-        _artifact(recipe, student, peek, Machine(), _clips(source, None))
+        source = located(model, store)
+        student = student_of(recipe.distill, recipe.decoder, source, peek, Machine())
+        artifact_of(recipe, student, peek, Machine(), _clips(source, None))
     return peek.seen
 
 
-def _located(model: str, store: Store, *, hashed: bool = True) -> Source:
+def located(model: str, store: Store, *, hashed: bool = True) -> Source:
+    """The model's folder, found by the first rank."""
     return store.ranks.by_first(lambda: locate(model, store.memo, hashed=hashed))
 
 
-def _published(store: Store, entry: Entry, out: Path | None, *, mark: str) -> Path:
+def published(store: Store, entry: Entry, out: Path | None, *, mark: str) -> Path:
     """A result's folder, or that of its copy in `out`."""
     if out is None:
         return entry.folder
     return store.ranks.by_first(lambda: publish(entry, out, mark=mark))
 
 
-def _plan(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Plan:
+def plan_of(recipe: Recipe, source: Source, store: Store, machine: Machine) -> Plan:
+    """The plan of a recipe for a source; what its budget needs to know is measured."""
     family = family_of(source)
     layers, parameters = family.layers(source), family.parameters(source)
     if recipe.budget is None:
@@ -261,11 +236,24 @@ def _clips(source: Source, sizes: str | None) -> tuple[Geometry, ...]:
     return (own,) if sizes is None else Geometry.parse(sizes, own.fps)
 
 
-def _artifact(
+def artifact_of(
     recipe: Recipe, source: Source, store: Store, machine: Machine, clips: Sequence[Geometry]
 ) -> Entry:
+    """What a recipe makes of a source, its student already made."""
     family_of(source).buckets(source, clips)  # a size that it cannot take is refused at once
-    planned = _plan(recipe, source, store, machine)
+    planned = plan_of(recipe, source, store, machine)
+    return store.result(
+        export, source=source, model=source.model, plan=planned,
+        rounded=rounded_of(recipe, planned, source, store, machine), recipe=recipe,
+        clips=tuple(clips), ranges=ranges_of(recipe, planned, source, store, machine),
+        licences={name: file_sha256(path) for name, path in source.licences.items()},
+    )  # fmt: skip
+
+
+def rounded_of(
+    recipe: Recipe, planned: Plan, source: Source, store: Store, machine: Machine
+) -> Entry | None:
+    """The weights that a plan quantizes, rounded and tuned; None if it quantizes none."""
     rounded, shown, learned = None, {}, {}
     if planned.calibrated or planned.refine:
         prompts = load_prompts(recipe.calibration)
@@ -285,13 +273,10 @@ def _artifact(
         rounded = store.result(
             refine, source=source, quantized=rounded, how=planned.refine, **shown, on=machine
         )
-    return store.result(
-        export, source=source, model=source.model, plan=planned, rounded=rounded, recipe=recipe,
-        clips=tuple(clips), ranges=_ranges(recipe, planned, source, store, machine),
-    )  # fmt: skip
+    return rounded
 
 
-def _ranges(
+def ranges_of(
     recipe: Recipe, planned: Plan, source: Source, store: Store, machine: Machine
 ) -> Mapping[str, Entry]:
     """How large a component's numbers get, where it computes in float16 and that is in doubt."""
@@ -307,12 +292,7 @@ def _ranges(
     }
 
 
-def _steps(artifact: Artifact, suite: Suite) -> int | None:
-    """Denoising steps of a suite's clips: what it says, or what a student was distilled for."""
-    return None if artifact.manifest.sampler.levels else suite.n_steps
-
-
-def _student(
+def student_of(
     how: Sequence[AnyDistiller], decoder: AnyDecoder | None, source: Source, store: Store,
     machine: Machine,
 ) -> Source:  # fmt: skip
@@ -326,8 +306,7 @@ def _student(
         made = store.result(
             distill, source=student, teacher=source, lessons=lessons, how=one, on=machine
         )
-        folder = str(made.folder / STUDENT)
-        student = replace(_located(folder, store), model=source.model)
+        student = _made_of(source, made, store)
     if decoder is not None:
         student = _lightened(decoder, student, store, machine)
     return student
@@ -344,31 +323,10 @@ def _lightened(how: AnyDecoder, source: Source, store: Store, machine: Machine) 
         features=how.wants_features, on=machine,
     )  # fmt: skip
     made = store.result(lighten, source=source, views=views, how=how, on=machine)
-    return replace(_located(str(made.folder / STUDENT), store), model=source.model)
+    return _made_of(source, made, store)
 
 
-def _sources_of(
-    artifact: Artifact, model: str | None, store: Store, machine: Machine
-) -> tuple[Source, ...]:
-    """The full-precision model an artifact was made from, checked to be the very same bytes.
-
-    If that is a student, it comes last, after the model that it was distilled from.
-    """
-    made_from = artifact.manifest.source
-    original = _located(model or str(made_from["model"]), store)
-    try:
-        how, decoder = distillers(cast(Mapping[str, Any], artifact.manifest.recipe["document"]))
-    except ArtifactError as error:
-        raise ArtifactError(f"{artifact.folder / 'manifest.json'}: {error}") from None
-    source = _student(how, decoder, original, store, machine)
-    wanted = cast(Mapping[str, str], made_from["files"])
-    differing = sorted(
-        n for n in wanted.keys() | source.files.keys() if wanted.get(n) != source.files.get(n)
-    )
-    if differing:
-        raise SourceError(
-            f"{source.folder}: not the model that {artifact.folder} was made from; "
-            f"{len(differing)} files differ:\n"
-            f"{listing(differing)}\ngive the right one with --model"
-        )
-    return (original, source) if how or decoder else (source,)
+def _made_of(source: Source, made: Entry, store: Store) -> Source:
+    """A student, called as its model is, under that model's licences."""
+    student = located(str(made.folder / STUDENT), store)
+    return replace(student, model=source.model, licences=source.licences)

@@ -134,6 +134,11 @@ class Recipe(Settings):
     """how the graphs compute, and on which targets they must run"""
     accept: Acceptance
 
+    @classmethod
+    def from_manifest(cls, record: Mapping[str, object]) -> Recipe:
+        """The recipe that an artifact was made by, as its manifest has it."""
+        return cls.model_validate_json(json.dumps(record["document"]))
+
     @field_validator("decoder", mode="before")
     @classmethod
     def _by_name(cls, decoder: object) -> object:

@@ -15,9 +15,20 @@ from typing import Literal, Self, Union, get_args, get_origin, get_type_hints
 from hbxt_compress.errors import UsageError, listing
 from hbxt_compress.json_text import read_json
 
-__all__ = ["SCHEMA", "ClipRecord", "Measurement", "QualityReport", "Verdict"]
+__all__ = [
+    "SCHEMA",
+    "Baseline",
+    "ClipRecord",
+    "Control",
+    "ControlKind",
+    "Finding",
+    "Measurement",
+    "QualityReport",
+    "Verdict",
+]
 
-SCHEMA = 1
+SCHEMA = 2
+ControlKind = Literal["noise", "seed", "damage"]
 FILE_NAME = "report.json"
 
 
@@ -49,12 +60,70 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether a promise of the recipe is kept, and on what ground."""
+    """Whether a promise of the recipe, or what an accepted baseline had, is kept, and why.
+
+    limit: for a promise in the metric's unit; for a baseline the dB by which it may be worse.
+    n_needed: about how many clips would decide what is undecided, if that can be told.
+    """
 
     metric: str
     limit: float
     outcome: Literal["pass", "fail", "undecided"]
     reason: str
+    against: Literal["promise", "baseline", "health"] = "promise"
+    n_needed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What a failure detector says: see hbxt_compress/metrics/failures.
+
+    value: the mean signal over the n clips that can tell, in `unit`, 0 for as the reference; None
+    where none can. interval: 95 %, bootstrap over clips. clips: those that fail alone, by place.
+    n_needed: of "undecided", how many clips would decide it if the next are like these.
+    """
+
+    failure: str
+    outcome: Literal["pass", "fail", "undecided"]
+    value: float | None
+    interval: tuple[float, float] | None
+    tolerance: float
+    unit: str
+    n: int
+    clips: tuple[int, ...]
+    n_needed: int | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """Figures to read the candidate's by: the reference against itself, disturbed, or known damage.
+
+    values: metric -> one for each of the suite's first n clips. kind: noise is what no one can do
+    better than (the same model, numbers that differ by rounding), seed what unrelated clips of the
+    same prompt have, damage a recipe's. note: why it could not be measured, then n is 0.
+    """
+
+    name: str
+    kind: ControlKind
+    text: str
+    n: int
+    values: Mapping[str, tuple[float, ...]]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """The accepted measurement that a candidate was compared with: where it lies, and what made it.
+
+    note: why it was not compared; then no verdict rests on it.
+    """
+
+    path: str
+    accepted: str
+    artifact: str
+    made_with: Mapping[str, str]
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +131,7 @@ class ClipRecord:
     """How one clip of each side was made, what its frames hash to, and what is wrong with it.
 
     video: the file beside the report with reference, candidate and difference side by side.
+    curves: as those of the report, of this clip alone.
     """
 
     prompt: str
@@ -70,6 +140,7 @@ class ClipRecord:
     candidate_sha256: str
     video: str = ""
     problems: tuple[str, ...] = ()
+    curves: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +149,8 @@ class QualityReport:
 
     components: component -> {"before": bytes at 16 bit, "after": bytes in the artifact}. curves:
     means over clips; those named .../step have a value per denoising step, .../frame per frame.
-    conclusion: the verdicts in one sentence, with what they do not rest on.
+    conclusion: the verdicts in one sentence, with what they do not rest on. artifact: sha256 of the
+    candidate's manifest. seconds: median time of a clip, candidate and reference, as sampled.
     """
 
     schema: int
@@ -96,11 +168,17 @@ class QualityReport:
     conclusion: str
     clips: tuple[ClipRecord, ...]
     made_with: Mapping[str, str]
+    artifact: str
+    seconds: Mapping[str, float]
+    controls: tuple[Control, ...]
+    findings: tuple[Finding, ...]
+    baseline: Baseline | None
 
     @property
     def outcome(self) -> Literal["pass", "fail", "undecided", "none"]:
-        """The worst verdict; none where nothing was promised or nothing promised was measured."""
+        """The worst verdict or finding; none where there is no verdict and nothing was found."""
         outcomes = {verdict.outcome for verdict in self.verdicts}
+        outcomes |= {one.outcome for one in self.findings if one.outcome != "pass"}
         for outcome in ("fail", "undecided", "pass"):
             if outcome in outcomes:
                 return outcome

@@ -14,15 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hbxt_compress.render.table import (
-    BYTES_HEAD,
-    METRICS_HEAD,
-    byte_rows,
-    calibration,
-    left_out,
-    metric_rows,
-    size,
-)
+from hbxt_compress.render.table import size
 
 if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not installed
     from hbxt_compress.artifact import Artifact
@@ -33,25 +25,27 @@ if TYPE_CHECKING:  # `generate` and `verify` must work where torch is not instal
     from hbxt_compress.graph.judge import Judgement
     from hbxt_compress.plan import LayerPlan, Plan
     from hbxt_compress.recipe import Recipe
-    from hbxt_compress.report import QualityReport
 
 __all__ = [
+    "COLOURS",
     "artifact",
     "as_json",
     "checked",
     "clip",
+    "console",
     "findings",
+    "lines",
     "plan",
     "prediction",
     "recipes",
-    "report",
     "rows",
     "status",
+    "table_of",
     "verified",
 ]
 
 _LEAST_WIDTH = 110  # of a table that is not on a terminal
-_COLOUR = {
+COLOURS = {
     "pass": "green",
     "fail": "red",
     "undecided": "yellow",
@@ -63,13 +57,12 @@ _COLOUR = {
 }
 
 
-def _out() -> Console:
-    console = Console(highlight=False)
-    return (
-        console
-        if console.is_terminal
-        else Console(highlight=False, width=max(_LEAST_WIDTH, console.width))
-    )
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough where there is none."""
+    found = Console(highlight=False)
+    if found.is_terminal:
+        return found
+    return Console(highlight=False, width=max(_LEAST_WIDTH, found.width))
 
 
 def as_json(document: object) -> None:
@@ -81,24 +74,24 @@ def recipes(found: Sequence[Recipe], json_wanted: bool) -> None:
     """Prints names, summaries and promises."""
     if json_wanted:
         return as_json([{"name": r.name, "summary": r.summary, "digest": r.digest} for r in found])
-    table = _table("recipe", "what it does", "promise")
+    table = table_of("recipe", "what it does", "promise")
     for recipe in found:
         limits = ", ".join(f"{metric} {limit:g}" for metric, limit in recipe.accept.limits.items())
         table.add_row(recipe.name, escape(recipe.summary), limits or "-")
-    return _out().print(table)
+    return console().print(table)
 
 
 def prediction(recipe: Recipe, told: Prediction) -> None:
     """Prints a row per stage: seconds, peak memory, bytes that stay on the disk; and the totals."""
     columns = ("stage", ">time", ">peak memory", ">disk")
-    table = _table(*columns, title=f"prediction: {recipe.name}, from an empty store")
+    table = table_of(*columns, title=f"prediction: {recipe.name}, from an empty store")
     for one in told.stages:
         row = (one.stage, _time(one.seconds), size(one.peak_rss_bytes), size(one.disk_bytes))
         table.add_row(*row)
     table.add_section()
     whole = (_time(told.seconds), size(told.peak_rss_bytes), size(told.disk_bytes))
     table.add_row("all", *whole, style="bold")
-    out = _out()
+    out = console()
     out.print(table)
     if told.most_disk_bytes > told.disk_bytes:
         out.print(f"disk meanwhile: {size(told.most_disk_bytes)}")
@@ -127,7 +120,7 @@ def plan(
         return as_json({"recipe": named, **predicted, **found.to_json()})
     head = "layer" if every_layer else "component"
     columns = (head, ">layers", "format", ">rule", ">before", ">after", "why")
-    table = _table(*columns, title=f"plan: {recipe.name}")
+    table = table_of(*columns, title=f"plan: {recipe.name}")
 
     def fate(layer: LayerPlan) -> tuple[str, int, str, str]:
         if every_layer:
@@ -148,7 +141,7 @@ def plan(
             escape(why) or "decided by the budget; --layers tells why",
             style="bold" if layers[0].quantized else "dim",
         )
-    out = _out()
+    out = console()
     out.print(table)
     out.print(_sizes(found.components(), sum(found.parameters.values())))
     for how in distilled:
@@ -169,7 +162,7 @@ def artifact(found: Artifact, json_wanted: bool) -> None:
     manifest = found.manifest
     if json_wanted:
         return as_json({"artifact": str(found.folder), "components": _plain(manifest.components)})
-    out = _out()
+    out = console()
     n_weights = sum(sizes["before"] for sizes in manifest.components.values()) // 2
     out.print(_sizes(manifest.components, n_weights))
     counts = sorted(
@@ -185,44 +178,21 @@ def artifact(found: Artifact, json_wanted: bool) -> None:
     return out.print(f"artifact: {found.folder}", soft_wrap=True)
 
 
-def report(found: QualityReport, folder: Path | None, json_wanted: bool) -> None:
-    """Prints a row per metric with its interval and verdict, the sizes and the conclusion."""
-    if json_wanted:
-        return as_json(found.to_json())
-    name = found.recipe.get("name", "?")
-    title = f"quality of {name} against full precision, {found.n_clips} clips"
-    table = _table(*METRICS_HEAD, title=title)
-    for *cells, outcome in metric_rows(found):
-        table.add_row(*map(escape, cells), f"[{_COLOUR.get(outcome, 'dim')}]{outcome}")
-    sizes = _table(*BYTES_HEAD)
-    for row in byte_rows(found):
-        sizes.add_row(*row, style="bold" if row[0] == "all" else None)
-    notes = [calibration(found)] if calibration(found) else []
-    notes += [f"{step}: {reason}" for step, reason in left_out(found)]
-    notes += [f"{one.metric}: {one.note}" for one in found.measurements if one.note]
-    notes += [f"{v.metric}: {v.outcome}: {v.reason}" for v in found.verdicts if v.outcome != "pass"]
-    out = _out()
-    out.print(table, sizes, *map(escape, notes), escape(found.conclusion), sep="\n")
-    if folder is not None:
-        out.print(escape(f"report: {folder / 'report.html'}"), soft_wrap=True)
-    return None
-
-
 def status(rows: Iterable[tuple[str, str, str, str]], json_wanted: bool) -> None:
     """Prints which stages are done, and how many pieces of one that was stopped."""
     head = ("stage", "key", "state", "pieces")
     if json_wanted:
         return as_json([dict(zip(head, row, strict=True)) for row in rows])
-    table = _table(*head)
+    table = table_of(*head)
     for stage, key, state, pieces in rows:
-        table.add_row(stage, key, f"[{_COLOUR.get(state, 'dim')}]{state}", pieces)
-    return _out().print(table)
+        table.add_row(stage, key, f"[{COLOURS.get(state, 'dim')}]{state}", pieces)
+    return console().print(table)
 
 
 def clip(path: Path, n_frames: int, size: Geometry, providers: Sequence[str]) -> None:
     """Prints what was written, and what ran it."""
     what = f"{n_frames} frames, {size.width}x{size.height}, {size.fps:g} fps"
-    _out().print(escape(f"{path}: {what}, on {', '.join(providers)}"), soft_wrap=True)
+    console().print(escape(f"{path}: {what}, on {', '.join(providers)}"), soft_wrap=True)
 
 
 def checked(path: Path, found: Sequence[Check], json_wanted: bool) -> None:
@@ -231,7 +201,7 @@ def checked(path: Path, found: Sequence[Check], json_wanted: bool) -> None:
         documents = [one.to_json() for one in found]
         return as_json(documents[0] if len(documents) == 1 else documents)
     columns = ("target", "runtime", ">runs", ">slow", ">falls back", ">misparsed", ">fails", "")
-    table = _table(*columns, title=escape(f"check: {path}"))
+    table = table_of(*columns, title=escape(f"check: {path}"))
     for one in found:
         for name, judgement in one.runtimes.items():
             counts = [
@@ -241,7 +211,7 @@ def checked(path: Path, found: Sequence[Check], json_wanted: bool) -> None:
             style = "bold" if counted else "dim"
             table.add_row(one.target if counted else "", name, *counts, outcome, style=style)
         table.add_section()
-    out = _out()
+    out = console()
     out.print(table)
     told: set[str] = set()
     for one in found:
@@ -284,31 +254,38 @@ def findings(found: Sequence[Finding], json_wanted: bool) -> None:
     """Prints a row per finding of `hbxt doctor`."""
     if json_wanted:
         return as_json([asdict(one) for one in found])
-    table = _table("", "", "what", "what to do")
+    table = table_of("", "", "what", "what to do")
     for one in found:
-        state = f"[{_COLOUR[one.state]}]{one.state}"
+        state = f"[{COLOURS[one.state]}]{one.state}"
         table.add_row(one.about, state, escape(one.what), escape(one.remedy))
-    return _out().print(table)
+    return console().print(table)
 
 
 def verified(found: Artifact) -> None:
     """Prints that every file is as the manifest says."""
     records = found.manifest.files
     total = size(sum(record.size_bytes for record in records))
-    _out().print(
+    console().print(
         escape(f"{found.folder}: {len(records)} files, {total}: as the manifest says"),
         soft_wrap=True,
     )
+
+
+def lines(told: Iterable[str]) -> None:
+    """Prints lines of text, as wide as they are."""
+    out = console()
+    for line in told:
+        out.print(escape(line), soft_wrap=True)
 
 
 def rows(
     title: str, columns: Sequence[str], cells: Iterable[Sequence[str]], notes: Iterable[str]
 ) -> None:
     """Prints a table and lines below it; a column that starts with > is right-aligned."""
-    table = _table(*columns, title=title)
+    table = table_of(*columns, title=title)
     for one in cells:
         table.add_row(*map(escape, one))
-    out = _out()
+    out = console()
     out.print(table)
     for note in notes:
         out.print(escape(note), soft_wrap=True)
@@ -323,7 +300,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _sizes(components: Mapping[str, Mapping[str, int]], n_weights: int) -> Table:
-    table = _table("component", ">16 bit", ">compressed", ">ratio", ">bits a weight")
+    table = table_of("component", ">16 bit", ">compressed", ">ratio", ">bits a weight")
     for name, sizes in components.items():
         bits = 16 * sizes["after"] / max(1, sizes["before"])
         ratio = f"{sizes['before'] / max(1, sizes['after']):.2f}x"
@@ -338,7 +315,7 @@ def _sizes(components: Mapping[str, Mapping[str, int]], n_weights: int) -> Table
     return table
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def table_of(*columns: str, title: str | None = None) -> Table:
     """An empty table; a column that starts with > is right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:

@@ -17,6 +17,7 @@ from hbxt_compress import disk
 from hbxt_compress.errors import SourceError, listing
 from hbxt_compress.journal import file_sha256
 from hbxt_compress.json_text import parse_json, read_json
+from hbxt_compress.licences import PATTERNS, licence_files
 
 __all__ = ["BUILTIN", "Header", "Source", "locate", "read_headers"]
 
@@ -33,12 +34,15 @@ class Source:
     """A model folder. model: what the user asked for. files: path in the folder -> sha256.
 
     stamps: file -> (bytes, mtime in ns) when it was found, so that a later change is noticed.
+    licences: name -> licence or notice file; what is made of the model carries them, they are no
+    part of its key.
     """
 
     model: str
     folder: Path
     files: Mapping[str, str]
     stamps: Mapping[Path, tuple[int, int]] = field(default_factory=dict)
+    licences: Mapping[str, Path] = field(default_factory=dict)
 
     def key(self) -> dict[str, str]:
         """What stands for this model in a result's key: its bytes, not where they lie."""
@@ -89,6 +93,7 @@ def locate(model: str, memo: Path | None = None, *, hashed: bool = True) -> Sour
         model=model,
         folder=folder,
         stamps={path: _stamp(path) for path in paths},
+        licences=licence_files(folder),
         files=_hashes(folder, paths, memo)
         if hashed
         else dict.fromkeys((p.relative_to(folder).as_posix() for p in paths), ""),
@@ -115,7 +120,7 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*_READ, *(f"*/{pattern}" for pattern in _READ)]
+        patterns = [*_READ, *(f"*/{pattern}" for pattern in _READ), *PATTERNS]
         found = snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=patterns
         )

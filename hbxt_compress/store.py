@@ -2,7 +2,7 @@
 
     <root>/<stage>/<key, 16 hex>/          one result, nothing but its own files
     <root>/<stage>/<key>.json              written last: the document whose sha256 is the key (why
-                                           the result exists), size and sha256 of every file
+                                           the result exists), each file's size and sha256, times
     <root>/<stage>/<key>.partial/          being built, with a journal of what is finished; handed
                                            back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
@@ -22,11 +22,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from filelock import FileLock, Timeout
@@ -40,15 +41,7 @@ from hbxt_compress.json_text import parse_json
 from hbxt_compress.machine import Machine
 from hbxt_compress.ranks import ALONE, Ranks
 
-__all__ = [
-    "Entry",
-    "Keyed",
-    "Missing",
-    "Peek",
-    "Store",
-    "Work",
-    "canonical",
-]
+__all__ = ["Entry", "Keyed", "Missing", "Peek", "Store", "Work", "canonical"]
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -58,12 +51,22 @@ _REMEDY = "make room, or move the store to another disk and name it with --store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A finished result. digest identifies its bytes, key the document that asked for them."""
+    """A finished result. digest identifies its bytes, key the document that asked for them.
+
+    version: the stage's. made_from: the results that it was given, as far as this run knows.
+    """
 
     folder: Path
     stage: str
     key: str
     digest: str
+    version: int = 0
+    made_from: tuple[Entry, ...] = field(default=(), compare=False)
+
+    def steps(self) -> tuple[Entry, ...]:
+        """The results that led here, each once and after those it was made from; last this one."""
+        found = {one.digest: one for made in self.made_from for one in made.steps()}
+        return (*found.values(), self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,12 @@ class Store:
                 self._build(stage, arguments, folder, document)
             if leads:
                 _aside(folder).unlink(missing_ok=True)
-            return self._open(folder, document)
+            return replace(self._open(folder, document), made_from=_entries(arguments.values()))
+
+    def seconds(self, entry: Entry) -> float:
+        """Median time that a piece of a result took when it was made; 0 where none was noted."""
+        record = json.loads(_record(entry.folder).read_text())
+        return median(record.get("seconds", {}).values() or [0.0])
 
     def peek(self) -> Peek:
         """A view that builds nothing and remembers what was asked for."""
@@ -213,12 +221,9 @@ class Store:
         return self.root / name / key, text
 
     def _build(
-        self,
-        stage: Callable[..., None],
-        arguments: Mapping[str, object],
-        folder: Path,
+        self, stage: Callable[..., None], arguments: Mapping[str, object], folder: Path,
         document: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         partial, ranks = _partial(folder), self.ranks
         resumed = _resume(folder) if ranks.leads else None
         ranks.barrier()
@@ -244,28 +249,32 @@ class Store:
             record = parse_json(_record(folder).read_text(encoding="utf-8"))
             content = {name: about["sha256"] for name, about in record["files"].items()}
             sizes = {name: about["size"] for name, about in record["files"].items()}
-            made_from = record["document"]
+            asked = record["document"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(
-                f"{_record(folder)}: damaged ({error!r:.100}); delete it to re-make {folder}"
-            ) from error
-        if made_from != json.loads(document):
-            raise StoreError(
-                f"{_record(folder)}: not what this key was made from; delete it and {folder}"
-            )
+            told = f"damaged ({error!r:.100}); delete it to re-make {folder}"
+            raise StoreError(f"{_record(folder)}: {told}") from error
+        if asked != json.loads(document):
+            told = f"not what this key was made from; delete it and {folder}"
+            raise StoreError(f"{_record(folder)}: {told}")
         bad = [
             name
             for name, size in sizes.items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != size
         ]
         if bad:
-            raise StoreError(
-                f"{folder}: {len(bad)} files missing or truncated; delete {_record(folder)} "
-                f"to re-make them:\n"
-                f"{listing(bad)}"
+            told = (
+                f"{len(bad)} files missing or truncated; delete {_record(folder)} to re-make them"
             )
+            raise StoreError(f"{folder}: {told}:\n{listing(bad)}")
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return Entry(folder=folder, stage=folder.parent.name, key=folder.name, digest=digest)
+        stage, n = folder.parent.name, asked["version"]
+        return Entry(folder=folder, stage=stage, key=folder.name, digest=digest, version=n)
+
+
+def _entries(given: Iterable[object]) -> tuple[Entry, ...]:
+    """The results among arguments, also those in a mapping."""
+    flat = (x for v in given for x in (v.values() if isinstance(v, Mapping) else (v,)))
+    return tuple(one for one in flat if isinstance(one, Entry))
 
 
 def _version(package: str) -> str:
@@ -329,7 +338,7 @@ def _seal(folder: Path, journal: Journal, document: str) -> None:
         os.replace(journal.path, _aside(folder))
     disk.remove(folder)
     disk.put(partial, folder)
-    record = {"document": json.loads(document), "files": files}
+    record = {"document": json.loads(document), "files": files, "seconds": journal.seconds()}
     disk.write_text(_record(folder), json.dumps(record, indent=1))
 
 

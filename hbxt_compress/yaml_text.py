@@ -16,7 +16,7 @@ from yaml.constructor import SafeConstructor
 
 from hbxt_compress.errors import RecipeError
 
-__all__ = ["PLAIN_FLOAT", "Place", "Reading", "compose"]
+__all__ = ["PLAIN_FLOAT", "Place", "Reading", "compose", "dump"]
 
 PLAIN_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 Place = tuple[int | str, ...]  # keys and indices from the root of the document
@@ -27,6 +27,11 @@ _MOST_CHARACTERS = 200  # of a place that a message names
 _YAML = "tag:yaml.org,2002:"
 _HALVES = re.compile("[\ud800-\udfff]")
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+
+
+def dump(document: object) -> str:
+    """JSON values as YAML, keys in their order, a line for each short value."""
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
 
 
 def compose(path: Path) -> yaml.Node:

@@ -74,6 +74,7 @@ def rewrite_manifest(folder: Path, **changes: object) -> None:
     """Records the folder's files anew in its manifest, with other fields changed as asked."""
     manifest = Artifact.open(folder, verify=False).manifest if not changes else None
     document = json.loads((folder / "manifest.json").read_text())
+    del document["digest"]
     manifest = manifest or Manifest.from_json(document)
     files: tuple[FileRecord, ...] = record_files(folder)
     write_manifest(folder, replace(manifest, **{"files": files, **changes}))
@@ -261,7 +262,7 @@ def _manifest(
         schema=SCHEMA,
         recipe={"name": "fake", "digest": "0" * 64, "document": {}},
         source={"model": "fake", "family": "wan", "files": {}},
-        components={name: {"bytes_before": 100, "bytes_after": 50} for name in components},
+        components={name: {"before": 100, "after": 50} for name in components},
         sampler=sampler,
         buckets=(
             Bucket(

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import pytest
 
-from hbxt_compress import cli, ending, library, pipeline
+from hbxt_compress import cli, ending, evaluation, library, pipeline
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import read_video
 from hbxt_compress.costs import prediction
@@ -367,6 +367,7 @@ def _report(*outcomes: str) -> QualityReport:
         schema=SCHEMA, recipe={"name": "r"}, source={}, suite={}, n_clips=4, components={},
         bytes_before=2000, bytes_after=1000, measurements=(one,), curves={}, layers=(),
         verdicts=verdicts, conclusion="so it is", clips=(), made_with={},
+        artifact="", seconds={}, controls=(), findings=(), baseline=None,
     )  # fmt: skip
 
 
@@ -383,7 +384,7 @@ def _report(*outcomes: str) -> QualityReport:
 def test_verdicts_become_exit_codes(
     outcomes: list[str], code: int, hbxt: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "evaluate", lambda *_, **__: _report(*outcomes))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: _report(*outcomes))
     assert hbxt("evaluate", artifact, "--suite", "tiny") == code
     assert "1.5 .. 2.5" in hbxt.out
     assert "a note" in hbxt.out
@@ -406,7 +407,7 @@ def test_evaluate_takes_the_suite_that_the_recipe_promises_on(
         asked.append(suite)
         return _report("pass")
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     assert hbxt("evaluate", artifact) == 0
     assert [suite.name for suite in asked] == ["tiny"]  # type: ignore[attr-defined]
     assert hbxt("evaluate", artifact, "--suite", "tyni") == 2

@@ -31,15 +31,20 @@ _FREE = frozenset(
 )  # fmt: skip
 
 
+_CONVOLUTIONS = frozenset({"convolution", "_convolution"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """flops: of products. n_calls: operations. moved: bytes that all others read and write.
+    """flops: of products. convolved: of convolutions. n_calls: operations. moved: bytes that all
+    others read and write.
 
     written: bytes of all results; fresh: of those too large for memory to be used again.
     peak_bytes: of results that are alive at the same time.
     """
 
     flops: float = 0.0
+    convolved: float = 0.0
     n_calls: int = 0
     moved: float = 0.0
     written: float = 0.0
@@ -49,6 +54,7 @@ class Counted:
     def work(self, products: str = "float32") -> Work:
         """The same as work; products: the kind that its products are."""
         rest = {"call": float(self.n_calls), "move": self.moved, "fresh": self.fresh}
+        rest["convolve"] = self.convolved
         return Work.of(**{products: self.flops}, **rest)
 
 
@@ -150,13 +156,14 @@ def _tensors(values: object) -> Iterable[Tensor]:
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self._flops = self._moved = self._written = self._fresh = 0.0
+        self._flops = self._convolved = self._moved = self._written = self._fresh = 0.0
         self._calls = self._alive = self._peak = 0
         self._owners: dict[int, int] = {}  # storage -> tensors that live in it
 
     def counted(self) -> Counted:
         return Counted(
             flops=self._flops,
+            convolved=self._convolved,
             n_calls=self._calls,
             moved=self._moved,
             written=self._written,
@@ -173,7 +180,11 @@ class _Counting(TorchDispatchMode):
         self._calls += 1
         is_view = packet.__name__ in _FREE
         if packet in flop_registry:
-            self._flops += flop_registry[packet](*args, **kwargs, out_val=out)
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            if packet.__name__ in _CONVOLUTIONS:
+                self._convolved += flops
+            else:
+                self._flops += flops
         elif not is_view:
             self._moved += sum(one.nbytes for one in (*_tensors(args), *results))
         for one in results:

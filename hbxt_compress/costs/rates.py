@@ -85,6 +85,7 @@ def measure_rates(folder: Path) -> Rates:
         "fresh": _fresh(),
         "call": 1 / _call_s(),
         "float32": product_rate(*_PRODUCT_TIO, torch.float32),
+        "convolve": _convolved(),
         "coarse": _coarse(),
         "float64": product_rate(*_DOUBLE_TIO, torch.float64),
         "factor32": _factored(_FACTORED, torch.float32),
@@ -166,6 +167,15 @@ def _coarse() -> float:
 def _moved() -> float:
     numbers = torch.ones(1 << 22)
     return 2 * numbers.nbytes / fastest_s(lambda: numbers * 2.0)
+
+
+def _convolved() -> float:
+    """Of channels and frames as a small VAE's are; large ones come nearer to products."""
+    channels, frames, height, width = 48, 4, 32, 32
+    x = torch.ones(1, channels, frames + 2, height + 2, width + 2)
+    weight = torch.ones(channels, channels, 3, 3, 3)
+    flops = 2 * channels * channels * 27 * frames * height * width
+    return flops / fastest_s(lambda: torch.conv3d(x, weight))
 
 
 def _fresh() -> float:

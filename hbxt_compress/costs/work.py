@@ -20,6 +20,7 @@ Kind = Literal[
     "fresh",  # bytes of results so large that the system gives and takes their pages each time
     "call",  # operations of torch: what even an empty one takes
     "float32",  # floating point operations of matrix products
+    "convolve",  # those of small 3-D convolutions, float32
     "coarse",  # the same with factors in bfloat16, see stages/side_by_side.py
     "float64",
     "factor32",  # operations of Cholesky factors, and of triangular systems (algorithms/feedback)

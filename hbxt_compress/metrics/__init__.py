@@ -15,10 +15,14 @@ from typing import Final, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from hbxt_compress.clips import Clip
+from hbxt_compress.metrics.cvvdp import CVVDP
 from hbxt_compress.metrics.latents import LATENT_ERROR
 from hbxt_compress.metrics.pixels import FLICKER, MOTION_RATIO, PSNR, SSIM, TEMPORAL_ERROR
 from hbxt_compress.metrics.prompt import PROMPT_FOLLOWING
+from hbxt_compress.metrics.scales import POWER, Scale
 from hbxt_compress.metrics.sets import FD_CONTENT, FD_TEMPORAL, FVD_I3D, KID_CONTENT, KID_TEMPORAL
+from hbxt_compress.metrics.vbench import VBENCH
+from hbxt_compress.metrics.vmaf import CAMBI, VMAF
 from hbxt_compress.metrics.weights import Unavailable, WeightFiles
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "Family",
     "Lpips",
     "Metric",
+    "NoReferenceMetric",
     "PairMetric",
     "SetMetric",
     "Unavailable",
@@ -49,6 +54,10 @@ class Metric(Protocol):
     def family(self) -> Family: ...
     @property
     def least_n(self) -> int: ...
+    @property
+    def scale(self) -> Scale | None:
+        """How its values of single clips compare; None: they do not."""
+
     @property
     def extractor(self) -> str | None: ...
     @property
@@ -74,8 +83,20 @@ class ClipMetric(Metric, Protocol):
 
 
 @runtime_checkable
+class NoReferenceMetric(Metric, Protocol):
+    """Scores clips by themselves; what counts is how far both sides' scores are apart."""
+
+    def scores(self, clips: Sequence[Clip]) -> list[float]:
+        """One score a clip, in order."""
+
+
+@runtime_checkable
 class SetMetric(Metric, Protocol):
     """A distance between two sets of clips, through features of each clip."""
+
+    @property
+    def eye(self) -> str:
+        """Which features; metrics of one extractor and one eye share them."""
 
     def features(self, clips: Sequence[Clip]) -> np.ndarray:
         """One row per clip, float64 (N, D)."""
@@ -103,6 +124,7 @@ class Lpips:
     direction: Literal["lower", "higher"] = "lower"
     family: Family = "fidelity"
     least_n: int = 8
+    scale: Scale | None = POWER
     extractor: str | None = None
     extractor_sha256: str | None = None
 
@@ -133,4 +155,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "fvd_i3d": FVD_I3D,
     "motion_ratio": MOTION_RATIO,
     "flicker": FLICKER,
+    "vmaf": VMAF,
+    "cambi": CAMBI,
+    "cvvdp": CVVDP,
+    **{metric.name: metric for metric in VBENCH},
 }

@@ -9,6 +9,7 @@ import numpy as np
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.pixels import PlainMetric
+from hbxt_compress.metrics.scales import AMPLITUDE
 from hbxt_compress.metrics.weights import Unavailable
 
 __all__ = ["LATENT_ERROR", "latent_curve"]
@@ -35,4 +36,5 @@ LATENT_ERROR = PlainMetric(
     unit="",
     direction="lower",
     compare=lambda reference, candidate: float(latent_curve(reference, candidate)[-1]),
+    scale=AMPLITUDE,
 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hbxt_compress.clips import Clip
+from hbxt_compress.metrics.scales import POWER, Scale
 from hbxt_compress.metrics.weights import Unavailable, WeightFiles
 from hbxt_compress.torchvision_ops import mend_torchvision
 
@@ -39,6 +40,7 @@ class Lpips:
     unit: ClassVar[str] = ""
     direction: ClassVar[Literal["lower", "higher"]] = "lower"
     least_n: ClassVar[int] = 8
+    scale: ClassVar[Scale | None] = POWER
 
     def __init__(self, net: str, model: nn.Module, sha256: str) -> None:
         self.name = f"lpips_{net}"

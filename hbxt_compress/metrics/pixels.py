@@ -13,6 +13,7 @@ from typing import Literal, Self
 import numpy as np
 
 from hbxt_compress.clips import Clip
+from hbxt_compress.metrics.scales import AMPLITUDE, DECIBEL, SIMILARITY, Scale
 from hbxt_compress.metrics.weights import Unavailable, WeightFiles
 
 __all__ = [
@@ -106,6 +107,7 @@ class PlainMetric:
     compare: Callable[[Clip, Clip], float]
     family: Literal["fidelity", "distribution", "health"] = "fidelity"
     least_n: int = 8
+    scale: Scale | None = None
     extractor: str | None = None
     extractor_sha256: str | None = None
 
@@ -119,15 +121,21 @@ PSNR = PlainMetric(
     unit="dB",
     direction="higher",
     compare=lambda reference, candidate: psnr(reference.frames, candidate.frames),
+    scale=DECIBEL,
 )
 SSIM = PlainMetric(
     name="ssim",
     unit="",
     direction="higher",
     compare=lambda reference, candidate: ssim(reference.frames, candidate.frames),
+    scale=SIMILARITY,
 )
 TEMPORAL_ERROR = PlainMetric(
-    name="temporal_error", unit="", direction="lower", compare=_temporal_error
+    name="temporal_error",
+    unit="",
+    direction="lower",
+    compare=_temporal_error,
+    scale=AMPLITUDE,
 )
 MOTION_RATIO = PlainMetric(
     name="motion_ratio", unit="octaves", direction="lower", compare=_motion_ratio, family="health"

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.judge import agreement, expected, judge
+from hbxt_compress.metrics.scales import SHARE, Scale
 from hbxt_compress.metrics.weights import WeightFiles
 
 __all__ = ["PROMPT_FOLLOWING", "PromptFollowing"]
@@ -24,6 +25,7 @@ class PromptFollowing:
     direction: Literal["lower", "higher"] = "higher"
     family: Literal["fidelity", "distribution", "health"] = "distribution"
     least_n: int = 64
+    scale: Scale | None = SHARE
     extractor: str | None = None
     extractor_sha256: str | None = None
 

@@ -7,6 +7,8 @@ distances by different extractors, or from different numbers of clips, cannot be
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -15,7 +17,8 @@ import numpy as np
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.metrics.frechet import frechet_distance, kernel_distance
-from hbxt_compress.metrics.weights import Unavailable, WeightFiles, sha256_of
+from hbxt_compress.metrics.scales import Scale
+from hbxt_compress.metrics.weights import Unavailable, WeightFiles
 
 __all__ = [
     "FD_CONTENT",
@@ -51,12 +54,14 @@ class SetDistance:
     direction: Literal["lower", "higher"] = "lower"
     family: Literal["fidelity", "distribution", "health"] = "distribution"
     least_n: int = 256
+    scale: Scale | None = None
 
     def load(self, files: WeightFiles) -> Self:
         """This metric with its network in memory; Unavailable if that cannot be had."""
         if self.eye == "i3d":
             look, sha256 = _open_i3d(files)
-            return replace(self, look=look, extractor="i3d_torchscript", extractor_sha256=sha256)
+            named = "i3d_torchscript, resized and scaled inside, all frames"
+            return replace(self, look=look, extractor=named, extractor_sha256=sha256)
         from hbxt_compress.metrics.extractor import Extractor  # here, so that a list needs no torch
 
         encoder, part = Extractor(), 0 if self.eye == "content" else 1
@@ -80,13 +85,17 @@ class SetDistance:
 
 
 def _open_i3d(files: WeightFiles) -> tuple[Features, str]:
-    """I3D's logits as StyleGAN-V takes them (resized, scaled inside the file), and its sha256."""
+    """I3D's logits as StyleGAN-V takes them (resized, scaled inside the file), and its sha256.
+
+    Of a clip's all frames, where published numbers are of 16.
+    """
     if files.i3d is None or not files.i3d.is_file():
         raise Unavailable(
             "no i3d_torchscript.pt: set HBXT_I3D to its path; fd_content and fd_temporal "
             "need no such file"
         )
-    sha256, wanted = sha256_of(files.i3d), files.i3d_sha256 or I3D_SHA256
+    content = files.i3d.read_bytes()  # once: what is hashed is what runs
+    sha256, wanted = hashlib.sha256(content).hexdigest(), files.i3d_sha256 or I3D_SHA256
     if sha256 != wanted:
         raise Unavailable(
             f"{files.i3d.name} has sha256 {sha256[:12]}..., expected {wanted[:12]}...: get the "
@@ -94,7 +103,7 @@ def _open_i3d(files: WeightFiles) -> tuple[Features, str]:
         )
     import torch  # here, so that a list of metrics needs no torch
 
-    model = torch.jit.load(str(files.i3d), map_location="cpu").eval()
+    model = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
 
     @torch.no_grad()
     def look(clips: Sequence[Clip]) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -27,21 +28,33 @@ class WeightFiles:
     """Files a user gives to metrics; None where the default place is searched.
 
     lpips_trunk: torchvision's classifier file or its features alone. i3d: the TorchScript of FVD,
-    i3d_sha256 what it must hash to (None: the published file's).
+    i3d_sha256 what it must hash to (None: the published file's). vbench: a Python that has VBench,
+    vbench_cache the folder of its weights.
     """
 
     lpips_trunk: Path | None = None
     i3d: Path | None = None
     i3d_sha256: str | None = None
+    vbench: Path | None = None
+    vbench_cache: Path | None = None
 
     @classmethod
-    def from_environment(cls) -> Self:
-        """The files named by HBXT_LPIPS_TRUNK, HBXT_I3D and HBXT_I3D_SHA256."""
-        trunk, i3d = os.environ.get("HBXT_LPIPS_TRUNK"), os.environ.get("HBXT_I3D")
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """The files named by HBXT_LPIPS_TRUNK, HBXT_I3D, HBXT_VBENCH and VBENCH_CACHE_DIR.
+
+        HBXT_I3D_SHA256 is what the second must hash to.
+        """
+
+        def named(variable: str) -> Path | None:
+            value = environment.get(variable)
+            return Path(value) if value else None
+
         return cls(
-            lpips_trunk=Path(trunk) if trunk else None,
-            i3d=Path(i3d) if i3d else None,
-            i3d_sha256=os.environ.get("HBXT_I3D_SHA256") or None,
+            lpips_trunk=named("HBXT_LPIPS_TRUNK"),
+            i3d=named("HBXT_I3D"),
+            i3d_sha256=environment.get("HBXT_I3D_SHA256") or None,
+            vbench=named("HBXT_VBENCH"),
+            vbench_cache=named("VBENCH_CACHE_DIR"),
         )
 
 

@@ -15,15 +15,17 @@ from hbxt_compress.render.table import (
 )
 from hbxt_compress.report import QualityReport
 
-__all__ = ["markdown", "write_markdown"]
+__all__ = ["escaped", "markdown", "markdown_table", "write_markdown"]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with the head in its first row; cells are escaped."""
     cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_escape(cell) for cell in row) + " |" for row in cells)
+    return "\n".join("| " + " | ".join(escaped(cell) for cell in row) + " |" for row in cells)
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that Markdown, in a table too, shows as it is."""
     for mark in "\\|`*_[]<":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
@@ -31,28 +33,28 @@ def _escape(text: str) -> str:
 
 def markdown(report: QualityReport) -> str:
     """The report as Markdown text."""
-    name = _escape(str(report.recipe.get("name", "?")))
-    suite = _escape(str(report.suite.get("name", "?")))
+    name = escaped(str(report.recipe.get("name", "?")))
+    suite = escaped(str(report.suite.get("name", "?")))
     parts = [
         f"# Quality of `{name}` on suite `{suite}`",
-        f"**{_escape(report.conclusion)}**",
+        f"**{escaped(report.conclusion)}**",
         f"{report.n_clips} clips by the compressed model against {report.n_clips} by the "
         "full-precision model: same prompts, seeds and noise, both through the same runtime. "
-        f"{_escape(calibration(report))}".rstrip(),
-        _table(METRICS_HEAD, metric_rows(report)),
-        _table(BYTES_HEAD, byte_rows(report)),
+        f"{escaped(calibration(report))}".rstrip(),
+        markdown_table(METRICS_HEAD, metric_rows(report)),
+        markdown_table(BYTES_HEAD, byte_rows(report)),
     ]
-    reasons = [f"- {_escape(v.metric)}: {v.outcome}, {_escape(v.reason)}" for v in report.verdicts]
-    told = [f"- {_escape(name)}: {_escape(note)}" for name, note in notes(report)]
+    reasons = [f"- {escaped(v.metric)}: {v.outcome}, {escaped(v.reason)}" for v in report.verdicts]
+    told = [f"- {escaped(name)}: {escaped(note)}" for name, note in notes(report)]
     eyes = dict.fromkeys(
-        f"- {_escape(m.extractor)}: sha256 `{m.extractor_sha256}`"
+        f"- {escaped(m.extractor)}: sha256 `{m.extractor_sha256}`"
         for m in report.measurements
         if m.extractor
     )
     by = sorted({m.interval_by for m in report.measurements if m.interval_by})
     if by:
         told.append(
-            f"- Intervals: {_escape('; '.join(by))} (seed {report.suite.get('measure_seed', 0)})."
+            f"- Intervals: {escaped('; '.join(by))} (seed {report.suite.get('measure_seed', 0)})."
         )
     for title, lines in (("Verdicts", reasons), ("Notes", told), ("Extractors", list(eyes))):
         if lines:

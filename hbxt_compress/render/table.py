@@ -12,6 +12,7 @@ __all__ = [
     "METRICS_HEAD",
     "byte_rows",
     "calibration",
+    "control_rows",
     "decibel",
     "interval",
     "left_out",
@@ -69,7 +70,7 @@ def interval(one: Measurement) -> str:
 
 def metric_rows(report: QualityReport) -> list[tuple[str, ...]]:
     """A row per measurement, as METRICS_HEAD names them; the unit stands with the value."""
-    verdicts = {verdict.metric: verdict for verdict in report.verdicts}
+    verdicts = {v.metric: v for v in report.verdicts if v.against == "promise"}
     rows: list[tuple[str, ...]] = []
     for one in report.measurements:
         verdict = verdicts.get(one.metric)
@@ -89,6 +90,19 @@ def metric_rows(report: QualityReport) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def control_rows(report: QualityReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows: the candidate's and each control's mean in every paired metric."""
+    metrics = [m for m in report.measurements if m.per_clip and m.family == "fidelity"]
+    head = ("what", "clips", *(m.metric for m in metrics))
+    own = (str(report.recipe.get("name", "?")), str(report.n_clips))
+    rows = [(*own, *(number(m.value) for m in metrics))]
+    for one in report.controls:
+        values = [one.values.get(m.metric) for m in metrics]
+        means = (number(sum(v) / len(v) if v else None) for v in values)
+        rows.append((f"{one.name} ({one.kind})", str(one.n or "-"), *means))
+    return head, rows
 
 
 def byte_rows(report: QualityReport) -> list[tuple[str, ...]]:

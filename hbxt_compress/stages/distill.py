@@ -153,6 +153,8 @@ def _write_student(folder: Path, source: Source, student: Distilled) -> None:
             copy = folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+    for name, path in source.licences.items():
+        shutil.copyfile(path, folder / name)
     if student.weights:
         stored = family_of(source).weights(source, _TRAINED)
         tensors = {

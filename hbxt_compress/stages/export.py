@@ -21,13 +21,15 @@ from torch import Tensor
 
 from hbxt_compress import artifact as contract
 from hbxt_compress.artifact import record_files, write_manifest
-from hbxt_compress.errors import ExportError, listing
+from hbxt_compress.errors import ExportError, SourceError, listing
 from hbxt_compress.formats import FORMATS
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.graph.export import export_component
 from hbxt_compress.graph.external import component_bytes
 from hbxt_compress.graph.parity import SESSION_OPTIONS, require_parity
 from hbxt_compress.graph.records import target_records
+from hbxt_compress.journal import file_sha256
+from hbxt_compress.licences import FOLDER
 from hbxt_compress.manifest import SCHEMA, FileRecord, LayerFate, Manifest
 from hbxt_compress.models import Family, family_of
 from hbxt_compress.plan import LayerPlan, Plan
@@ -37,30 +39,33 @@ from hbxt_compress.source import Source
 from hbxt_compress.stages.ranges import read_ranges
 from hbxt_compress.store import Entry, Work
 
-__all__ = ["FACTS", "VERSION", "export"]
+__all__ = ["FACTS", "VERSION", "export", "write_component"]
 
-VERSION = 5
+VERSION = 6
 FACTS = ("torch", "onnx", "onnxscript", "onnx_ir", "diffusers", "transformers")
 log = logging.getLogger(__name__)
 _KEPT_IN_INDEX = ("boundary_ratio", "expand_timesteps", "scheduler", "tokenizer")
 _PARITY = 1e-3  # of the largest output: float32 in another order of summation
 _LARGEST_FOR_PARITY = 1_000_000_000  # bytes of float32 weights
 _NO_RANGES: Mapping[str, Entry] = MappingProxyType({})
+_NO_LICENCES: Mapping[str, str] = MappingProxyType({})
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def export(
     work: Work, source: Source, model: str, plan: Plan, rounded: Entry | None, recipe: Recipe,
     clips: Sequence[Geometry] = (), ranges: Mapping[str, Entry] = _NO_RANGES,
+    licences: Mapping[str, str] = _NO_LICENCES,
 ) -> None:  # fmt: skip
     """Writes an artifact folder as hbxt_compress.artifact describes it. Ranks share components.
 
     model: what the user called the source; the manifest says so to `evaluate`. clips: sizes that it
     is to generate; none: the model's own. ranges: by component what stages/ranges.py found, where
-    float16 needs to know.
+    float16 needs to know. licences: sha256 of the source's licence files by name; they come along.
 
     Raises:
         ExportError: a graph breaks a rule of the export, or will not do on one of its targets.
+        SourceError: a licence file changed meanwhile.
     """
     family = family_of(source)
     quantized = QuantizedModel.open(rounded.folder) if rounded else QuantizedModel(weights={})
@@ -71,13 +76,14 @@ def export(
             continue
         log.info("export: %s", component, extra={"progress": (i, len(planned), "export")})
         make = partial(
-            _write, family, source, component, plan, quantized, clips=clips, ranges=ranges
+            write_component, family, source, component, plan, quantized, clips=clips, ranges=ranges
         )
         work.piece(component, make, needs_bytes=planned[component]["after"])
     work.ranks.barrier()
     if not work.ranks.leads:
         return
     _copy_texts(source, work.folder, tuple(planned))
+    _copy_licences(source, work.folder / FOLDER, licences)
     sizes = {
         c: {"before": planned[c]["before"], "after": component_bytes(work.folder / c)}
         for c in planned
@@ -89,7 +95,7 @@ def export(
     log.info("export: done", extra={"progress": (len(planned), len(planned), "export")})
 
 
-def _write(
+def write_component(
     family: Family,
     source: Source,
     component: str,
@@ -100,6 +106,11 @@ def _write(
     clips: Sequence[Geometry] = (),
     ranges: Mapping[str, Entry] = _NO_RANGES,
 ) -> None:
+    """Writes one component's graphs and weights into its folder.
+
+    Raises:
+        ExportError: parameters that were tuned are not in the model, or a graph breaks a rule.
+    """
     stored, tuned = family.weights(source, component), _tuned(component, quantized)
     if lost := sorted(tuned.keys() - set(stored.names)):
         raise ExportError(
@@ -219,6 +230,14 @@ def _copy_texts(source: Source, folder: Path, components: tuple[str, ...]) -> No
     )
 
 
+def _copy_licences(source: Source, folder: Path, licences: Mapping[str, str]) -> None:
+    for name, sha256 in licences.items():
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(source.licences[name], folder / name)
+        if file_sha256(folder / name) != sha256:
+            raise SourceError(f"{source.licences[name]}: changed meanwhile; run the command again")
+
+
 def _records(work: Work) -> tuple[FileRecord, ...]:
     """What the manifest says of every file; those of a component were hashed when written."""
     if work.journal is None:
@@ -244,6 +263,13 @@ def _recipe_record(recipe: Recipe, plan: Plan) -> dict[str, object]:
         **({} if plan.shown is None else {"calibration": plan.shown.to_json()}),
         **({"left_out": plan.to_json()["left_out"]} if plan.left_out else {}),
     }
+
+
+def _lineage(rounded: Entry | None) -> tuple[dict[str, str], ...]:
+    """The stages that led here, first to last; an export's own files stand in the manifest."""
+    steps = rounded.steps() if rounded else ()
+    told = [{"stage": s.stage, "version": str(s.version), "digest": s.digest} for s in steps]
+    return (*told, {"stage": "export", "version": str(VERSION)})
 
 
 def _manifest(
@@ -276,7 +302,7 @@ def _manifest(
             )
             for layer in plan.layers
         ),
-        lineage=({"stage": "quantize", "digest": rounded.digest},) if rounded else (),
+        lineage=_lineage(rounded),
         made_with={name: version(name) for name in ("hbxt-compress", *FACTS)},
         session=SESSION_OPTIONS,
         targets=target_records(work.folder, recipe.export.targets),

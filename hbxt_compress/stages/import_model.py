@@ -21,6 +21,7 @@ from hbxt_compress import disk
 from hbxt_compress.checkpoint import Checkpoint, Stored, bare
 from hbxt_compress.errors import SourceError, UsageError, listing
 from hbxt_compress.journal import file_sha256
+from hbxt_compress.licences import licence_files
 from hbxt_compress.lora import Lora
 from hbxt_compress.models import family_of
 from hbxt_compress.sampler import STUDENTS_SAMPLER, SamplerSpec
@@ -35,7 +36,6 @@ IMPORTED: Final = "imported.json"
 _INTO: Final = "transformer"
 _WEIGHTS: Final = "diffusion_pytorch_model.safetensors"
 _FLOATS: Final = ("F32", "F16", "BF16")
-_LICENCES: Final = ("LICENSE*", "NOTICE*")
 log = logging.getLogger(__name__)
 
 
@@ -194,7 +194,7 @@ def _finite(tensor: Tensor) -> bool:
 
 def _copied(base: Source, checkpoint: Path | None) -> dict[str, Path]:
     """What goes into the folder as it is: path there -> file."""
-    found = {}
+    found: dict[str, Path] = dict(base.licences)
     for name in base.files:
         path = base.folder / name
         weights = path.parent == base.folder / _INTO and name.endswith(
@@ -204,10 +204,8 @@ def _copied(base: Source, checkpoint: Path | None) -> dict[str, Path]:
             found[name] = path
     if checkpoint is not None:
         beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        for pattern in _LICENCES:
-            for path in sorted(beside.glob(pattern)):
-                if path.is_file():
-                    found[f"checkpoint-{path.name}" if path.name in found else path.name] = path
+        for name, path in licence_files(beside).items():
+            found[f"checkpoint-{name}" if name in found else name] = path
     return found
 
 

@@ -63,6 +63,8 @@ def _write_student(folder: Path, source: Source, decoder: LightDecoder, learnt: 
             copy = folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / name, copy)
+    for name, path in source.licences.items():
+        shutil.copyfile(path, folder / name)
     write_decoder(folder / FOLDER, decoder, learnt.weights)
 
 

@@ -10,6 +10,7 @@ from hbxt_compress.artifact import Artifact
 from hbxt_compress.clips import ClipSet
 from hbxt_compress.machine import Machine
 from hbxt_compress.runtime.generate import Runtime
+from hbxt_compress.runtime.session import Provider
 from hbxt_compress.store import Work
 
 __all__ = ["FACTS", "VERSION", "sample"]
@@ -25,15 +26,19 @@ def sample(
     items: Sequence[tuple[str, int]],
     n_steps: int | None,
     on: Machine,
+    n_threads: int | None = None,
+    provider: Provider = "cpu",
 ) -> None:
     """Writes the ClipSet of `items`, (prompt, seed) pairs, with the latents after every step.
+
+    n_threads, provider: where that is what clips are to be compared by; else the machine's.
 
     Unhealthy clips are kept: judging them is the report's job. A killed run goes on with the next
     clip. Ranks share the clips.
     """
     work.expect(len(items))
     with Runtime.open(
-        artifact.folder, provider="cpu", n_threads=on.n_threads, keep=True
+        artifact.folder, provider=provider, n_threads=n_threads or on.n_threads, keep=True
     ) as runtime:
         for i, (prompt, seed) in enumerate(items):
             if not work.ranks.owns(i):

@@ -25,10 +25,10 @@ from hbxt_compress.runtime.session import Session
 
 run = Session.run
 
-def stepped(self, inputs):
+def stepped(self, inputs, **needed):
     print("decoding" if "latent_sample" in inputs else "denoising", flush=True)
     sys.stdin.readline()
-    return run(self, inputs)
+    return run(self, inputs, **needed)
 
 Session.run = stepped
 cli.main(sys.argv[1:])

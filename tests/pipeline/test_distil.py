@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hbxt_compress import pipeline
+from hbxt_compress import evaluation, pipeline
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import CalibrationError, SourceError, UsageError
 from hbxt_compress.machine import Machine
@@ -91,7 +91,7 @@ def test_it_is_compared_with_its_own_student_and_with_the_original(
 ) -> None:
     metrics = ("psnr", "prompt_following", "fd_content")
     suite = load_suite("tiny").model_copy(update={"metrics": metrics})
-    report = pipeline.evaluate(artifact, suite, store, machine=Machine(), out=tmp_path / "report")
+    report = evaluation.evaluate(artifact, suite, store, machine=Machine(), out=tmp_path / "report")
     found = {one.metric.split("[")[0]: one for one in report.measurements}
     assert "psnr.to_original" not in found  # another map from noise to clips
     assert report.suite["n_steps"] == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hbxt_compress import pipeline, show
+from hbxt_compress import evaluation, pipeline, show, show_quality
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.errors import PlanError
 from hbxt_compress.machine import Machine
@@ -67,11 +67,11 @@ def test_manifest_and_report_say_what_was_shown(
         name="two", summary="two", seed=1, n_steps=2, metrics=("psnr",), prompts=("a", "b")
     )
     out = folder / "report"
-    report = pipeline.evaluate(artifact, suite, store, machine=Machine(), out=out)
+    report = evaluation.evaluate(artifact, suite, store, machine=Machine(), out=out)
     told = f"Calibrated on {_LINE} (set real)."
     assert told in (out / "report.html").read_text()
     assert told in (out / "report.md").read_text().replace("\\", "")
-    show.report(report, None, False)
+    show_quality.report(report, None, False)
     assert told in " ".join(capsys.readouterr().out.split())
 
 

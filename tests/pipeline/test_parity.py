@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hbxt_compress import pipeline
+from hbxt_compress import evaluation, pipeline
 from hbxt_compress.machine import Machine
 from hbxt_compress.metrics.judge import expected, judge
 from hbxt_compress.models import family_of
@@ -93,7 +93,7 @@ def found(store: Store, artifacts: dict[str, Path]) -> dict[str, dict[str, float
     """Metrics and bytes by recipe, of the tiny suite."""
     suite, found = load_suite("tiny"), {}
     for name, folder in artifacts.items():
-        report = pipeline.evaluate(folder, suite, store, machine=Machine())
+        report = evaluation.evaluate(folder, suite, store, machine=Machine())
         found[name] = {one.metric: one.value or 0.0 for one in report.measurements}
         found[name]["bytes"] = report.bytes_after
     return found

@@ -36,6 +36,7 @@ def refusal(folder: Path, *, verify: bool = True) -> str:
 
 def edit(folder: Path, change) -> None:
     document = json.loads((folder / "manifest.json").read_text())
+    del document["digest"]
     change(document)
     (folder / "manifest.json").write_text(json.dumps(document))
 

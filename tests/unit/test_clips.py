@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -15,6 +16,7 @@ from hbxt_compress.clips import (
     health,
     read_video,
     to_uint8,
+    write_lossless_mp4,
     write_mp4,
 )
 from hbxt_compress.errors import RuntimeUnavailable, SourceError, StoreError, UsageError
@@ -220,3 +222,37 @@ def test_healthy_clips():
 def test_unhealthy_clips(frames, finding):
     (found,) = health(frames)
     assert finding in found
+
+
+def test_clips_of_a_folder_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    frames = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    made = [Clip(frames=frames + i, prompt=f"p{i}", seed=i, fps=8.0) for i in range(3)]
+    ClipSet(clips=tuple(made)).save(tmp_path)
+    found = ClipSet.load(tmp_path).clips
+    assert len(found) == 3
+    assert [one.prompt for one in found[1:]] == ["p1", "p2"]
+    assert found[-1].sha256 == made[-1].sha256
+    (tmp_path / ClipSet.file_name(1)).unlink()
+    assert found[0].seed == 0
+    with pytest.raises(StoreError, match=r"0001\.safetensors"):
+        found[1]
+
+
+@pytest.mark.parametrize("shape", [(5, 32, 48, 3), (2, 33, 47, 3)])
+def test_a_lossless_video_gives_every_byte_back(
+    tmp_path: Path, rng: np.random.Generator, shape: tuple[int, ...]
+) -> None:
+    frames = rng.integers(0, 256, shape, dtype=np.uint8)
+    path = tmp_path / "new" / "clip.mp4"
+    write_lossless_mp4(path, frames, 23.976)
+    assert np.array_equal(read_video(path), frames)
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(23.976, abs=1e-3)
+
+
+def test_a_lossless_video_needs_its_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(av, "codecs_available", {"libx264"})
+    with pytest.raises(RuntimeUnavailable, match="libx264rgb"):
+        write_lossless_mp4(tmp_path / "c.mp4", np.zeros((1, 4, 4, 3), np.uint8), 8)

@@ -95,9 +95,7 @@ class _Decoder:
         self.calls.append(file)
         return self
 
-    def run(
-        self, inputs: dict[str, np.ndarray], **needed: tuple[int | None, ...]
-    ) -> dict[str, np.ndarray]:
+    def run(self, inputs: dict[str, np.ndarray], **_: object) -> dict[str, np.ndarray]:
         first = "cache_in_0" not in inputs
         assert [call for call in self.calls if call != "run"][-1].endswith("first.onnx") == first
         seen = inputs["latent_sample"] if first else inputs["cache_in_0"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +63,37 @@ def test_a_driver_that_says_nonsense_lists_nothing(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "properties").write_bytes(b"\xff\xfe gfx_target_version\nx")
     assert find_gpus(tmp_path) == ()
+
+
+def test_optional_metrics_are_noted_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("imageio_ffmpeg", "pycvvdp"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = {
+        about: _of(_looked_at(tmp_path), f"metric {about}")
+        for about in ("vmaf", "cvvdp", "vbench", "fvd_i3d")
+    }
+    assert all(len(each) == 1 for each in found.values()), "one row for all that lack the same"
+    assert {each[0].state for each in found.values()} == {"note"}
+    assert found["vmaf"][0].what == "no package imageio-ffmpeg"
+    assert found["cvvdp"][0].remedy == "pip install 'hbxt-compress[slow]'"
+    assert "HBXT_VBENCH" in found["vbench"][0].remedy
+    assert found["fvd_i3d"][0].what == "no i3d_torchscript.pt"
+    assert "HBXT_I3D" in found["fvd_i3d"][0].remedy
+
+
+def test_an_optional_metric_that_opens_is_named_with_its_extractor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ffmpeg"
+    path.write_text("#!/bin/sh\necho 'ffmpeg version 0 x'; echo ' .. libvmaf  VV->V'\n")
+    path.chmod(0o755)
+    stub = SimpleNamespace(get_ffmpeg_exe=lambda: str(path))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", stub)
+    [vmaf] = _of(_looked_at(tmp_path), "metric vmaf")
+    assert (vmaf.state, vmaf.what) == ("ok", "vmaf_v0.6.1 in ffmpeg version 0")
 
 
 def test_without_a_gpu_it_says_so_plainly_and_nothing_fails(tmp_path: Path) -> None:

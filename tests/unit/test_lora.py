@@ -259,7 +259,7 @@ def test_what_a_lora_makes_infinite_is_refused(merged: Merged) -> None:
     tensors = _small()
     tensors[f"{_Q}.lora_B.weight"][0, 0] = float("nan")
     with pytest.raises(
-        SourceError, match=r"to_q\.weight: holds .* infinity once lora\.safetensors is added"
+        SourceError, match=r"to_q\.weight: holds NaN or infinity once lora\.safetensors is added"
     ):
         merged(tensors)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hbxt_compress.manifest import Bucket, LayerFate, Manifest
 from hbxt_compress.metrics import WeightFiles
 from hbxt_compress.report import Measurement, QualityReport
 from hbxt_compress.sampler import SamplerSpec
-from hbxt_compress.stages.measure import measure
+from hbxt_compress.stages.measure import About, measure
 
 CHEAP = ("psnr", "ssim", "temporal_error", "latent_error", "motion_ratio", "flicker")
 PROMPT = "a red circle moving left on a black background"
@@ -83,10 +84,12 @@ def _clips(n: int, seed: int = 0) -> list[Clip]:
 
 
 def _damaged(clips: list[Clip], by: int = 3) -> list[Clip]:
+    """Every other pixel brighter, the others darker: errors, but no failure that has a name."""
+    sign = np.indices((16, 16)).sum(0)[:, :, None] % 2 * 2 - 1
     return [
         replace(
             clip,
-            frames=np.clip(clip.frames.astype(int) + by, 0, 255).astype(np.uint8),
+            frames=np.clip(clip.frames.astype(int) + by * sign, 0, 255).astype(np.uint8),
             latents=clip.latents * 1.1 if clip.latents is not None else None,
         )
         for clip in clips
@@ -104,7 +107,7 @@ def _run(
         folder,
         ClipSet(clips=tuple(reference)),
         ClipSet(clips=tuple(candidate)),
-        manifest=_manifest(),
+        about=About(manifest=_manifest()),
         suite={"name": "tiny"},
         metrics=metrics,
         limits=limits or {},
@@ -122,7 +125,7 @@ def test_a_report_and_its_files_are_written(tmp_path: Path) -> None:
     assert QualityReport.load(tmp_path).to_json() == report.to_json()
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
-        "report.json", "report.md", "report.html",
+        "report.json", "report.md", "report.html", "junit.xml", "summary.md",
         "clips/0000.mp4", "clips/0001.mp4", "clips/0002.mp4",
     }  # fmt: skip
     assert (report.bytes_before, report.bytes_after, report.n_clips) == (1500, 800, 3)
@@ -277,7 +280,7 @@ def test_a_promise_that_nothing_can_check_is_not_kept(tmp_path: Path) -> None:
     clips = _clips(8)
     report = _run(tmp_path, clips, _damaged(clips), limits={"lpips_squeeze": 0.2})
     assert report.outcome == "undecided"
-    assert "nothing promised could be measured" in report.conclusion
+    assert "could not be measured, and nothing else was promised" in report.conclusion
 
 
 def test_without_a_promise_there_is_no_verdict(tmp_path: Path) -> None:
@@ -333,3 +336,37 @@ def test_the_same_clips_give_the_same_report(tmp_path: Path) -> None:
         _run(tmp_path / name, clips, _damaged(clips), limits={"psnr": 30.0})
     for name in ("report.json", "report.md", "report.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_scores_without_a_reference_count_in_both_directions(tmp_path: Path) -> None:
+    """One clip flickers more than its reference, one less: the differences must not cancel."""
+    still = [_flat_pair(20), _flat_pair(60)]
+    other = [_flat_pair(60), _flat_pair(20)]
+    report = _run(tmp_path, still, other, ("vbench_temporal_flickering",))
+    found = _of(report, "vbench_temporal_flickering")
+    assert found.value == pytest.approx(40 / 255)
+    assert found.reference == pytest.approx(1 - 40 / 255)
+    assert found.per_clip == pytest.approx([40 / 255, 40 / 255])
+    assert (found.family, found.direction, found.n) == ("health", "lower", 2)
+    assert found.note == "the candidate itself scores 0.8431"
+
+
+def _flat_pair(step: int) -> Clip:
+    """Two frames of a ramp, the second one brighter by `step`."""
+    ramp = np.arange(16, dtype=np.uint8)[None, None, :, None].repeat(16, axis=1).repeat(3, axis=3)
+    return Clip(frames=np.concatenate([ramp, ramp + step]), prompt="p", seed=0, fps=8.0)
+
+
+def test_a_tool_that_is_not_installed_is_a_note_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.setitem(sys.modules, "pycvvdp", None)
+    clips = _clips(2)
+    report = _run(tmp_path, clips, _damaged(clips), ("psnr", "vmaf", "cvvdp"), {"vmaf": 90})
+    assert _of(report, "psnr").value is not None
+    for name in ("vmaf", "cvvdp"):
+        assert _of(report, name).value is None
+        assert "pip install 'hbxt-compress[slow]'" in _of(report, name).note
+    assert report.outcome == "undecided"
+    assert "hbxt-compress[slow]" in report.verdicts[0].reason

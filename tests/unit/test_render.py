@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,12 +16,13 @@ from PIL import Image
 
 from hbxt_compress.clips import Clip
 from hbxt_compress.render import page as page_module
+from hbxt_compress.render.cards import N_OPEN, cards, worst_first
 from hbxt_compress.render.charts import bar_chart, line_chart
 from hbxt_compress.render.markdown import markdown
-from hbxt_compress.render.page import page, worst_first
-from hbxt_compress.render.pictures import DIFFERENCE_GAIN, sheet, side_by_side
+from hbxt_compress.render.page import page
+from hbxt_compress.render.pictures import DIFFERENCE_GAIN, poster, sheet, side_by_side
 from hbxt_compress.render.table import byte_rows, metric_rows, notes, size
-from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
+from hbxt_compress.report import SCHEMA, ClipRecord, Control, Measurement, QualityReport, Verdict
 
 _NO_FIGURES = {
     "activations": "keep",
@@ -86,6 +88,11 @@ def _report(n: int = 3, problems: int | None = None) -> QualityReport:
             for i in range(n)
         ),
         made_with={"numpy": "2"},
+        artifact="",
+        seconds={},
+        controls=(),
+        findings=(),
+        baseline=None,
     )  # fmt: skip
 
 
@@ -104,7 +111,7 @@ def test_the_page_asks_for_nothing_outside_itself() -> None:
     tags.feed(text)
     for tag, attributes in tags.found:
         for name in ("src", "href", "action", "poster"):
-            if attributes.get(name):
+            if attributes.get(name) and not str(attributes[name]).startswith("#"):
                 assert str(attributes[name]).startswith("data:image/"), (tag, attributes)
     assert not re.search(r"https?://|@import|url\(", text)
     assert "default-src 'none'" in text
@@ -155,6 +162,78 @@ def test_a_page_too_heavy_leaves_out_the_best_clips(monkeypatch: pytest.MonkeyPa
     assert f"{3 - shown} better clips are left out" in text
     assert "(clip 2, seed 2)" in text
     assert len(text) < len(whole)
+
+
+def test_where_not_all_fit_the_clips_shown_at_once_stay_lossless() -> None:
+    few = [cards(_report(8), _clips(8, 0), _clips(8, 1), most) for most in (10**6, 100_000, 20_000)]
+    kept = [[card.sheets[0].lossless for card in found] for found in few]
+    assert kept == [[True] * 8, [True] * N_OPEN + [False] * 3, [False] * len(few[2])]
+    assert few[0][0].index == 7
+    assert few[2]
+
+
+def test_long_clips_show_which_frames_they_show() -> None:
+    shape = (70, 16, 20, 3)
+    text = page(_report(), _clips(3, 0, shape), _clips(3, 1, shape))
+    found = re.search(r'data-shown="([\d ]+)" data-frames="70" data-wait="([\d.]+)"', text)
+    assert found is not None
+    shown = list(map(int, found[1].split()))
+    assert (len(shown), shown[0], shown[-1]) == (33, 0, 69)
+    assert shown == sorted(set(shown))
+    assert float(found[2]) * 33 == pytest.approx(1000 * 70 / 8, rel=0.001)  # as fast as it is
+
+
+def test_controls_are_read_beside_the_same_clips() -> None:
+    noise = Control(name="ulp", kind="noise", text="moved", n=2, values={"psnr": (60.0, 62.0)})
+    gone = Control(name="gpu", kind="noise", text="t", n=0, values={}, note="no provider")
+    text = page(replace(_report(), controls=(noise, gone)), _clips(3, 0), _clips(3, 1))
+    rows = re.findall(r'<tr[^>]*><th scope="row">(.*?)</th><td>(.*?)</td>(.*?)</tr>', text)
+    told = {name: (kind, re.findall(r">([^<>]+)</td>", rest)) for name, kind, rest in rows}
+    own = next(value for name, value in told.items() if "first 2 clips" in name)
+    assert own == ("candidate", ["2", "30.5", "30.5"])
+    assert told["ulp"] == ("noise", ["2", "61", "-"])
+    assert "gpu (noise): t; not measured, no provider" in text
+    assert "No controls were measured" not in text
+    assert "No controls were measured" in page(_report(), _clips(3, 0), _clips(3, 1))
+
+
+def test_the_policy_lets_only_the_pages_own_script_run() -> None:
+    text = page(_report(), _clips(3, 0), _clips(3, 1))
+    script = text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in text
+    assert not re.search(r"\son\w+=", text.replace("onerror=", ""))
+
+
+def test_bands_and_sparks_hold_what_the_clips_have() -> None:
+    records = tuple(
+        replace(clip, curves={"psnr/frame": (30.0 + i, 31.0 + i, 32.0 + i)})
+        for i, clip in enumerate(_report().clips)
+    )
+    report = replace(_report(), clips=records, curves={"psnr/frame": (31.0, 32.0, 33.0)})
+    text = page(report, _clips(3, 0), _clips(3, 1))
+    assert text.count('class="band"') == 1
+    assert "band: 10 to 90 % of clips" in text
+    assert 'data-values="32 33 34"' in text
+    lone = replace(report, clips=tuple(replace(clip, curves={}) for clip in records))
+    assert 'class="band"' not in page(lone, _clips(3, 0), _clips(3, 1))
+
+
+def test_seconds_are_called_what_they_are() -> None:
+    report = replace(_report(), seconds={"candidate": 6.2, "reference": 7.91})
+    text = page(report, _clips(3, 0), _clips(3, 1))
+    assert "candidate 6.2 s, reference 7.91 s" in text
+    assert "were not timed in turn" in text
+    assert "timed in turn" not in page(_report(), _clips(3, 0), _clips(3, 1))
+
+
+def test_a_poster_has_both_sides_and_their_difference() -> None:
+    a, b = _clips(1, 0)[0].frames[0], _clips(1, 1)[0].frames[0]
+    image = Image.open(io.BytesIO(base64.b64decode(poster(a, b).split(",", 1)[1])))
+    assert image.size == (60, 16)
+    large = np.zeros((480, 832, 3), dtype=np.uint8)
+    image = Image.open(io.BytesIO(base64.b64decode(poster(large, large).split(",", 1)[1])))
+    assert image.size == (3 * 256, round(480 * 256 / 832))
 
 
 def test_a_page_without_layers_curves_or_values_still_stands() -> None:

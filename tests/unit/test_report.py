@@ -11,7 +11,16 @@ import pytest
 
 from hbxt_compress.errors import UsageError
 from hbxt_compress.metrics.statistics import decide
-from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
+from hbxt_compress.report import (
+    SCHEMA,
+    Baseline,
+    ClipRecord,
+    Control,
+    Finding,
+    Measurement,
+    QualityReport,
+    Verdict,
+)
 
 
 def _report() -> QualityReport:
@@ -51,6 +60,26 @@ def _report() -> QualityReport:
         conclusion="UNDECIDED",
         clips=(ClipRecord(prompt='a "b" <c>', seed=7, reference_sha256="1", candidate_sha256="2"),),
         made_with={"numpy": "2"},
+        artifact="a" * 64,
+        seconds={"candidate": 1.5},
+        controls=(
+            Control(name="ulp", kind="noise", text="an ulp", n=2, values={"psnr": (90.0, 91.5)}),
+        ),
+        findings=(
+            Finding(
+                failure="slow_motion",
+                outcome="undecided",
+                value=-0.05,
+                interval=(-0.12, 0.01),
+                tolerance=0.04,
+                unit="%",
+                n=8,
+                clips=(1,),
+                n_needed=40,
+                text="perhaps slower",
+            ),
+        ),
+        baseline=Baseline(path="b.json", accepted="2026-11-01", artifact="b", made_with={}),
     )
 
 
@@ -153,15 +182,16 @@ def test_another_schema_and_no_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("direction", "value", "interval", "n", "outcome"),
     [
-        ("higher", 31.0, (29.0, 33.0), 8, "pass"),  # enough clips: the value decides
-        ("higher", 29.9, (29.0, 33.0), 8, "fail"),
-        ("higher", 31.0, (29.0, 33.0), 7, "undecided"),  # too few, interval astride the limit
-        ("higher", 31.0, (30.5, 33.0), 7, "pass"),  # too few, but all of the interval passes
+        ("higher", 31.0, (29.0, 33.0), 8, "undecided"),  # the interval is astride the limit
+        ("higher", 29.9, (29.0, 33.0), 7, "undecided"),
+        ("higher", 31.0, (30.5, 33.0), 8, "pass"),  # all of it keeps the limit
+        ("higher", 31.0, (30.5, 33.0), 7, "pass"),
         ("higher", 28.0, (27.0, 29.0), 7, "fail"),
         ("higher", 99.0, None, 1, "undecided"),
         ("lower", 29.0, (28.0, 29.5), 7, "pass"),
         ("lower", 31.0, (30.5, 33.0), 7, "fail"),
-        ("lower", 30.0, None, 8, "pass"),  # the limit itself is kept
+        ("lower", 30.0, (30.0, 30.0), 8, "pass"),  # the limit itself is kept
+        ("lower", 30.0, None, 8, "undecided"),
     ],
 )
 def test_the_verdict_rule(

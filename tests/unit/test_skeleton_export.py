@@ -148,7 +148,9 @@ def test_files_that_disagree_with_the_config_are_refused_unread(
 
 
 def _write(folder: Path, source: Source, recipe: str, quantized: QuantizedModel) -> None:
-    stage._write(family_of(source), source, "transformer", _plan(source, recipe), quantized, folder)
+    stage.write_component(
+        family_of(source), source, "transformer", _plan(source, recipe), quantized, folder
+    )
 
 
 def _plan(source: Source, recipe: str) -> Plan:
