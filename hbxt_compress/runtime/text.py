@@ -13,6 +13,8 @@ import html
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +99,25 @@ def _from_file(path: Path) -> Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
-        return Tokenizer.from_file(str(path))
+        with _muted():
+            found = Tokenizer.from_file(str(path))
+            found.encode("a")  # a template of tokens that are not there panics only now
     except BaseException as error:
         raise _refused(path, error) from error
+    return found
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Nothing reaches the process's stderr: Rust's panics print there before one can catch them."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _refused(path: Path, error: BaseException) -> BaseException:

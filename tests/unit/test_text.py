@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,15 @@ def test_what_tokenizers_panics_at_is_a_damaged_file(tmp_path, word_level, monke
     monkeypatch.setattr(Tokenizer, "from_file", lambda path: (_ for _ in ()).throw(SystemExit(3)))
     with pytest.raises(SystemExit):
         PromptTokenizer(word_level, 8)
+
+
+def test_a_template_of_tokens_that_are_not_there_panics_in_silence(tmp_path, word_level, capfd):
+    document = json.loads((word_level / "tokenizer.json").read_text())
+    document["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: tokenizers cannot use it"):
+        PromptTokenizer(tmp_path, 8)
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
