@@ -68,6 +68,14 @@ class Accepted:
         if sick or not measured:
             what = f"{sick} of {report.n_clips} clips are unhealthy" if sick else "nothing measured"
             raise UsageError(f"this report is no baseline: {what}")
+        told = {
+            "recipe.name": report.recipe.get("name"), "suite.name": report.suite.get("name"),
+            "suite.experiment": report.suite.get("experiment"),
+        }  # fmt: skip
+        if lacking := [key for key, value in told.items() if not isinstance(value, str)]:
+            raise UsageError(
+                f"this report is no baseline: it lacks {', '.join(lacking)}; evaluate again"
+            )
         values = {
             one.metric: tuple(
                 _short(x) for x in (one.value, *(one.interval or ())) if x is not None

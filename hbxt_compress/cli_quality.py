@@ -130,7 +130,11 @@ def accept(report: Path, why: str, out: Path | None, force: bool) -> None:
     from hbxt_compress.baseline import accept_report
     from hbxt_compress.report import QualityReport
 
-    path = accept_report(QualityReport.load(report), why=why, out=out, force=force)
+    loaded = QualityReport.load(report)
+    try:
+        path = accept_report(loaded, why=why, out=out, force=force)
+    except UsageError as error:
+        raise UsageError(f"{report / 'report.json'}: {error}") from None
     click.echo(f"{path}: written; review and commit it like code")
 
 
@@ -150,7 +154,11 @@ def compare(reports: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     from hbxt_compress.comparing import compare_reports
     from hbxt_compress.report import QualityReport
 
-    found = compare_reports([QualityReport.load(folder) for folder in reports])
+    loaded = [QualityReport.load(folder) for folder in reports]
+    try:
+        found = compare_reports(loaded)
+    except UsageError as error:
+        raise UsageError(f"{', '.join(map(str, reports))}: {error}") from None
     show_quality.comparison(found, out, as_json)
 
 

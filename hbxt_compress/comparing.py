@@ -119,13 +119,14 @@ def compare_reports(reports: Sequence[QualityReport], seed: int = 0) -> Comparis
         )
     )
     return Comparison(
-        suite=str(reports[0].suite["name"]),
+        suite=str(reports[0].suite.get("name", "?")),
         n_clips=reports[0].n_clips,
         quality=quality,
         unit=scales[quality].unit,
         reports=tuple(
             Compared(
-                name=str(one.recipe["name"]), bytes_after=one.bytes_after, seconds=seconds[i],
+                name=str(one.recipe.get("name", "?")), bytes_after=one.bytes_after,
+                seconds=seconds[i],
                 damage=damages[i], outcome=one.outcome,
                 values={m: float(np.mean(_clipwise(one)[m])) for m in scales},
                 differences=differences[i],
@@ -154,6 +155,9 @@ def _refuse(reports: Sequence[QualityReport]) -> None:
             problems.append(
                 f"{name}: other prompts, seeds or steps than {first.recipe.get('name')}"
             )
+            continue
+        if not len(first.clips) == len(one.clips) == first.n_clips == one.n_clips:
+            problems.append(f"{name}: {len(one.clips)} of {one.n_clips} clips are described")
             continue
         pairs = list(zip(first.clips, one.clips, strict=True))
         other = sum(a.reference_sha256 != b.reference_sha256 for a, b in pairs)

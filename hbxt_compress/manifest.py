@@ -274,7 +274,8 @@ def _manifest_problems(document: object) -> Iterator[str]:
     if not isinstance(document["recipe"].get("document"), Mapping):
         yield "recipe.document: not an object"
     for i, record in enumerate(document["layers"]):
-        if not all(type(n) is int for n in record["shape"]):
+        shape = record.get("shape") if isinstance(record, Mapping) else None
+        if isinstance(shape, list) and not all(type(n) is int for n in shape):
             yield f"layers[{i}].shape: not whole numbers"
 
 

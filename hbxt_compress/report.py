@@ -236,6 +236,12 @@ class QualityReport:
 
 def _lacking(report: QualityReport) -> Iterator[str]:
     """What those who show a report look up by name, and is not there."""
+    for where, named in (("recipe", report.recipe), ("suite", report.suite)):
+        if "name" in named and not isinstance(named["name"], str):
+            yield f"report.{where}.name: {named['name']!r:.60} is not text"
+    for i, one in enumerate(report.measurements):
+        if len(one.per_clip) not in (0, report.n_clips):
+            yield f"report.measurements[{i}].per_clip: {len(one.per_clip)}, not {report.n_clips}"
     for name, sizes in report.components.items():
         for key in ("before", "after"):
             if key not in sizes:

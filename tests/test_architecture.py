@@ -129,7 +129,7 @@ HOMES = {
     "optimum": {"graph", "models"},
     "diffusers": {"models", "reference"},
     "transformers": {"models", "reference"},
-    "huggingface_hub": {"source", "hub"},
+    "huggingface_hub": {"models", "source", "hub"},
     "model_signing": {"signing"},
     "datasets": {"prompts", "reference"},
     "pyarrow": {"prompts"},

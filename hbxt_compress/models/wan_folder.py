@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -29,7 +30,7 @@ CLASSES: Final = {
 # what the classes of diffusers and transformers end with where a config makes no sense to them
 _UNFIT: Final = (
     TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError,
-    AssertionError, UnboundLocalError,
+    AssertionError, UnboundLocalError, StrictDataclassError,
 )  # fmt: skip
 _LIGHT: Final = "decoder"  # the folder of a decoder that goes before the VAE's own
 

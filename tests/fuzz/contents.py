@@ -115,7 +115,7 @@ def mutated_pickle(random: Random, content: bytes) -> bytes:
         i = random.randrange(len(members))
         members[i] = random.choice((
             (members[i][0], mutated_bytes(random, members[i][1])),
-            ("archive/../../../bystander/result.txt", members[i][1]), ("", b""),
+            ("archive/../../../bystander/result.txt", members[i][1]), (" ", b""),
             (members[i][0], b""), (members[i - 1][0], members[i][1]),
         ))  # fmt: skip
     out = io.BytesIO()

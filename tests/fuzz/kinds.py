@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -21,7 +21,16 @@ from safetensors.torch import save_file
 from hbxt_compress import library
 from hbxt_compress.artifact import record_files
 from hbxt_compress.checkpoint import Checkpoint
-from hbxt_compress.report import SCHEMA, ClipRecord, Measurement, QualityReport, Verdict
+from hbxt_compress.report import (
+    SCHEMA,
+    Baseline,
+    ClipRecord,
+    Control,
+    Finding,
+    Measurement,
+    QualityReport,
+    Verdict,
+)
 from tests.fake_artifact import make_artifact
 from tests.fuzz.contents import mutated_bytes, mutated_onnx, mutated_pickle, mutated_tensors
 from tests.fuzz.documents import mutated_json, mutated_settings, mutated_yaml
@@ -174,13 +183,25 @@ def _own_artifact(folder: Path, root: Path) -> None:
     _model(root)
     folder.mkdir(parents=True)
     shutil.copytree(_artifact(root), folder / "artifact")
+    path = folder / "artifact" / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["digest"]  # what is not sealed is looked into
+    path.write_text(json.dumps(document))
+
+
+def _sealed_artifact(folder: Path, root: Path) -> None:
+    folder.mkdir(parents=True)
+    shutil.copytree(_artifact(root), folder / "artifact")
 
 
 def _recorded(folder: Path) -> None:
     """The manifest lists the files as they are, so that they are what is refused."""
     path = folder / "artifact" / "manifest.json"
     document = json.loads(path.read_text())
-    files = record_files(folder / "artifact")
+    try:
+        files = record_files(folder / "artifact")
+    except OSError:  # a link to nowhere has no digest
+        return
     document["files"] = [
         {"path": one.path, "sha256": one.sha256, "size_bytes": one.size_bytes} for one in files
     ]
@@ -196,23 +217,39 @@ def _graphs(folder: Path, root: Path) -> None:
 
 
 def _report(folder: Path, root: Path) -> None:
+    values = [40.0 + i / 10 for i in range(8)]
     one = Measurement(
-        metric="psnr", value=40.0, interval=(39.0, 41.0), n=4, unit="dB", direction="higher",
-        per_clip=(39.0, 40.0, 40.0, 41.0), note="a note",
+        metric="psnr", value=40.35, interval=(39.0, 41.0), n=8, unit="dB", direction="higher",
+        per_clip=tuple(values), note="a note",
+    )  # fmt: skip
+    finding = Finding(
+        failure="slow_motion", outcome="pass", value=-0.05, interval=(-0.12, 0.01),
+        tolerance=0.04, unit="%", n=8, clips=(1,), n_needed=40, text="no slower",
     )  # fmt: skip
     made = QualityReport(
-        schema=SCHEMA, recipe={"name": "r"}, source={"model": "m"},
-        suite={"name": "tiny", "n_steps": 3}, n_clips=4,
+        schema=SCHEMA, recipe={"name": "r"}, source={"model": "m", "files": {"a": "b"}},
+        suite={"name": "tiny", "n_steps": 3, "experiment": "e" * 64}, n_clips=8,
         components={"transformer": {"before": 200, "after": 100}},
         bytes_before=200, bytes_after=100, measurements=(one,), curves={"psnr/step": (1.0, 2.0)},
         layers=({"name": "transformer/x"},),
         verdicts=(Verdict(metric="psnr", limit=30.0, outcome="pass", reason="because"),),
-        conclusion="so it is",
-        clips=(ClipRecord(prompt="p", seed=1, reference_sha256="0", candidate_sha256="1"),),
-        made_with={"torch": "2", "diffusers": "1"},
+        conclusion="so it is", clips=tuple(_clip(i, "1") for i in range(8)),
+        made_with={"torch": "2", "diffusers": "1"}, artifact="a" * 64,
+        seconds={"candidate": 1.5, "reference": 2.0},
+        controls=(Control(name="ulp", kind="noise", text="t", n=1, values={"psnr": (90.0,)}),),
+        findings=(finding,),
+        baseline=Baseline(path="b.json", accepted="2026-11-01", artifact="b", made_with={}),
     )  # fmt: skip
     made.save(folder / "report")
-    made.save(folder / "other")
+    worse = replace(one, per_clip=tuple(v - 1 - v / 50 for v in values))
+    clips = tuple(_clip(i, "2") for i in range(8))
+    replace(made, recipe={"name": "s"}, measurements=(worse,), clips=clips).save(folder / "other")
+
+
+def _clip(i: int, candidate: str) -> ClipRecord:
+    return ClipRecord(
+        prompt=f"p{i}", seed=i, reference_sha256=f"{i}", candidate_sha256=f"{candidate}{i}"
+    )
 
 
 def _own_model(folder: Path, root: Path) -> None:
@@ -298,6 +335,7 @@ KINDS: Final[tuple[Kind, ...]] = (
         files=("clips/metadata.csv",),
         damage=(mutated_bytes,),
         commands=(("plan", "in/recipe.yaml", *_PREDICT),),
+        names=("in/set.yaml: held_out",),  # for fewer clips
     ),
     Kind(
         name="clips",
@@ -327,8 +365,19 @@ KINDS: Final[tuple[Kind, ...]] = (
             ("check", "in/artifact", "--json"),
             _GENERATE,
             (*_GENERATE, "--tiled"),
+            ("explain", "in/artifact"),
+            ("explain", "in/artifact", "transformer/blocks.0.attn1.to_q", "--json"),
+            ("explain", "../models/artifact", "--against", "in/artifact"),
         ),
         well=(0, 2),
+    ),
+    Kind(
+        name="manifest, sealed",
+        write=_sealed_artifact,
+        files=("artifact/manifest.json",),
+        damage=(mutated_json, mutated_bytes),
+        commands=(("verify", "in/artifact"), _GENERATE),
+        well=(),
     ),
     Kind(
         name="manifest, evaluated",
@@ -381,7 +430,12 @@ KINDS: Final[tuple[Kind, ...]] = (
         write=_report,
         files=("report/report.json",),
         damage=(mutated_json, mutated_json, mutated_json, mutated_bytes),
-        commands=(("results", "in/report"), ("results", "in/other", "in/report")),
+        commands=(
+            ("results", "in/report"),
+            ("results", "in/other", "in/report"),
+            ("compare", "in/other", "in/report", "--out", "out/compared.html"),
+            ("accept", "in/report", "--why", "it is good", "--out", "out/baseline.json"),
+        ),
     ),
     Kind(
         name="model's JSON",

@@ -320,6 +320,7 @@ def _clip(document, **changes):
         (lambda d: d["source"].update(files=[]), "source.files: not texts by name"),
         (lambda d: d["recipe"].update(document=None), "recipe.document: not an object"),
         (lambda d: d["layers"][0].update(shape=["4"]), "layers[0].shape: not whole numbers"),
+        (lambda d: d["layers"].append("x"), "layers[1].: str, not an object"),
         (lambda d: d["sampler"].update(n_steps=10**9), "n_steps 1000000000: must be 1 to 1000"),
         (lambda d: d["sampler"].update(shift="3"), "shift '3': must be a number"),
         (lambda d: d["sampler"].update(solver=[]), "solver []: must be text"),

@@ -50,6 +50,7 @@ def test_the_micro_model_is_within_all_ranges(folder: Path) -> None:
         ("transformer/config.json", {"num_attention_heads": True}, "num_attention_heads: True"),
         ("vae/config.json", {"dim_mult": []}, "describes no AutoencoderKLWan"),
         ("text_encoder/config.json", {"d_model": -1}, "d_model: -1 is not"),
+        ("text_encoder/config.json", {"dropout_rate": [0.0]}, "describes no UMT5EncoderModel"),
         ("text_encoder/config.json", {"architectures": {}}, "describes None, expected UMT5"),
         ("vae/config.json", {"z_dim": 0}, "z_dim: 0 is not a whole number in 1..1024"),
         ("vae/config.json", {"latents_mean": [0.0]}, "has 1 latents_mean and 4 latents_std for 4"),
