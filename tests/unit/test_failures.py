@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import FAILURES as CORPUS
-from corpus import HONEST, Scene, drawn, filmed
 from failures import caught, false_alarms, honest, measured, seen
+from honest_damage import HONEST
+from scenes import Scene, drawn, filmed
 
 from hbxt_compress.clips import Clip, health
 from hbxt_compress.metrics.failures import FAILURES, Finding, find, signals
