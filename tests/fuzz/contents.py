@@ -163,7 +163,7 @@ def _operator(random: Random, model: onnx.ModelProto) -> None:
 def _version(random: Random, model: onnx.ModelProto) -> None:
     if random.random() < 0.5:
         model.ir_version = random.choice((0, -1, 1, 2**40, 2**62))
-    elif random.random() < 0.3:
+    elif random.random() < 0.3 or not model.opset_import:
         del model.opset_import[:]
     else:
         model.opset_import[0].version = random.choice((0, -1, 1, 5, 9999, 2**62))
@@ -208,7 +208,7 @@ def _attributes(random: Random, model: onnx.ModelProto) -> None:
     new.type = random.choice((0, 1, 2, 3, 4, 5, 6, 7, 14))
     new.i = random.choice((0, -1, 2**62, 999))
     if random.random() < 0.2:
-        new.g.CopyFrom(model.graph)
+        new.g.ParseFromString(model.graph.SerializeToString())  # CopyFrom would copy itself, too
         new.type = onnx.AttributeProto.GRAPH
 
 
