@@ -126,7 +126,8 @@ def compare_reports(reports: Sequence[QualityReport], seed: int = 0) -> Comparis
         reports=tuple(
             Compared(
                 name=str(one.recipe.get("name", "?")), bytes_after=one.bytes_after,
-                seconds=seconds[i], damage=damages[i], outcome=one.outcome,
+                seconds=seconds[i],
+                damage=damages[i], outcome=one.outcome,
                 values={m: float(np.mean(_clipwise(one)[m])) for m in scales},
                 differences=differences[i],
                 unbeaten=not any(_beats(other, points[i]) for other in points),

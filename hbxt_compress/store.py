@@ -2,7 +2,8 @@
 
     <root>/<stage>/<key, 16 hex>/          one result, nothing but its own files
     <root>/<stage>/<key>.json              written last: the document whose sha256 is the key (why
-                                           the result exists), each file's size and sha256, times
+                                           the result exists), size and sha256 of every file
+    <root>/<stage>/<key>.seconds           how long each piece took
     <root>/<stage>/<key>.partial/          being built, with a journal of what is finished; handed
                                            back after a crash
     <root>/files.json                      memo of input files' hashes by path, size and mtime
@@ -196,8 +197,9 @@ class Store:
 
     def seconds(self, entry: Entry) -> float:
         """Median time that a piece of a result took when it was made; 0 where none was noted."""
-        record = json.loads(_record(entry.folder).read_text())
-        return median(record.get("seconds", {}).values() or [0.0])
+        with suppress(OSError, ValueError):
+            return median(json.loads(entry.folder.with_suffix(".seconds").read_text()).values())
+        return 0.0
 
     def peek(self) -> Peek:
         """A view that builds nothing and remembers what was asked for."""
@@ -338,7 +340,8 @@ def _seal(folder: Path, journal: Journal, document: str) -> None:
         os.replace(journal.path, _aside(folder))
     disk.remove(folder)
     disk.put(partial, folder)
-    record = {"document": json.loads(document), "files": files, "seconds": journal.seconds()}
+    disk.write_text(folder.with_suffix(".seconds"), json.dumps(journal.seconds()))
+    record = {"document": json.loads(document), "files": files}
     disk.write_text(_record(folder), json.dumps(record, indent=1))
 
 

@@ -385,12 +385,12 @@ def test_verdicts_become_exit_codes(
     outcomes: list[str], code: int, hbxt: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: _report(*outcomes))
-    assert hbxt("evaluate", artifact, "--suite", "tiny") == code
+    assert hbxt("evaluate", artifact, "--suite", "tiny", "--no-bisect") == code
     assert "1.5 .. 2.5" in hbxt.out
     assert "a note" in hbxt.out
     assert "so it is" in hbxt.out
     assert ("because" in hbxt.out) == (code != 0)
-    assert hbxt("evaluate", artifact, "--suite", "tiny", "--json") == code
+    assert hbxt("evaluate", artifact, "--suite", "tiny", "--json", "--no-bisect") == code
     assert QualityReport.from_json(json.loads(hbxt.out)) == _report(*outcomes)
 
 

@@ -1,43 +1,23 @@
-"""Clips, and what may happen to them: the failures that people see, and damage that nobody sees.
+"""The failures that people see, done to clips.
 
 A failure is a function of a Scene (a clip that can be asked for its frames at any time, and a
-second clip) and a strength; an honest damage is what a good candidate may differ by. Each failure
-states which of its strengths counts as visible and which detectors must say so.
+second clip) and a strength. Each states which of its strengths counts as visible and which
+detectors must say so.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image
+from scenes import Scene, bytes_of
 from scipy.ndimage import gaussian_filter
 
-from hbxt_compress.clips import Clip, ClipSet, read_video, write_mp4
-from hbxt_compress.reference import shapes
+from hbxt_compress.clips import Clip
 
-__all__ = ["FAILURES", "HONEST", "Damage", "Scene", "drawn", "filmed", "generated"]
-
-N_FRAMES = 17
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Scene:
-    """A reference clip; `at` gives its frames, uint8, at other times (in frames, from 0 on)."""
-
-    clip: Clip
-    at: Callable[[np.ndarray], np.ndarray]
-    other: Clip
-    speedable: bool = True
-
-    @property
-    def frames(self) -> np.ndarray:
-        return self.clip.frames
-
+__all__ = ["FAILURES", "Damage"]
 
 Make = Callable[[Scene, float, np.random.Generator], np.ndarray | Clip | None]
 
@@ -57,194 +37,6 @@ class Damage:
     caught_by: tuple[str, ...]
     alone: bool = False
     by_content: bool = False
-
-
-# ------------------------------------------------------------------------------------------ scenes
-
-
-def drawn(n: int, first: int = 0) -> list[Scene]:
-    """Procedural captioned scenes, 64x64x17."""
-    whats = [shapes.scene("evaluation", first + i) for i in range(n)]
-    clips = [
-        Clip(frames=_soft(shapes.draw(what)), prompt=shapes.caption(what), seed=i, fps=8.0)
-        for i, what in enumerate(whats)
-    ]
-    return [
-        Scene(clip=clip, at=_redrawn(what), other=_another(clips, i))
-        for i, (what, clip) in enumerate(zip(whats, clips, strict=True))
-    ]
-
-
-def _redrawn(what: shapes.Scene) -> Callable[[np.ndarray], np.ndarray]:
-    def one(thing: shapes.Thing, t: float, step: float) -> shapes.Thing:
-        dx = {"left": -1, "right": 1}.get(thing.motion, 0) * thing.speed * t
-        dy = {"up": -1, "down": 1}.get(thing.motion, 0) * thing.speed * t
-        turn = 2 * np.pi * t / (shapes.N_FRAMES - 1)
-        speed = thing.speed if thing.motion == "circle" else thing.speed * step
-        return replace(thing, x=thing.x + dx, y=thing.y + dy, phase=thing.phase + turn, speed=speed)
-
-    def drawn_from(t: float, step: float) -> np.ndarray:
-        return shapes.draw(replace(what, things=tuple(one(x, t, step) for x in what.things)))
-
-    def at(times: np.ndarray) -> np.ndarray:
-        step = float(times[1] - times[0])
-        even = len(times) <= shapes.N_FRAMES and np.allclose(np.diff(times), step)
-        if even and all(thing.motion != "circle" for thing in what.things):
-            return _soft(drawn_from(float(times[0]), step)[: len(times)])
-        return _soft(np.stack([drawn_from(float(t), 1.0)[0] for t in times]))
-
-    return at
-
-
-def _soft(clip: np.ndarray) -> np.ndarray:
-    """Bytes of values in 0..1, their edges as soft as a decoder leaves them."""
-    return _bytes(255 * gaussian_filter(clip, (0, 0.6, 0.6, 0)))
-
-
-def filmed(folder: Path, size: int = 96, cuts: int = 2) -> list[Scene]:
-    """Cuts of the videos of a folder: centre crop, size x size x 17; each is cut at most `cuts`
-    times, and every second frame is taken, so that times between frames are known. Fades from
-    black, which show nothing yet, are left out.
-    """
-    found: list[tuple[Clip, np.ndarray]] = []
-    paths = sorted(p for p in folder.iterdir() if p.suffix in (".mp4", ".mkv"))
-    for path in [p for p in paths if "-test" not in p.stem and "_test-" not in p.stem]:
-        film = read_video(path, max_frames=cuts * 2 * (N_FRAMES + 3))
-        film = np.stack([_cropped(frame, size) for frame in film])
-        span = 2 * (N_FRAMES + 3)
-        for k in range(max(1, min(cuts, len(film) // span))):
-            part = film[k * span : (k + 1) * span]
-            if len(part) >= 2 * N_FRAMES and np.median(part.std(axis=(1, 2, 3))) >= 20:
-                clip = Clip(frames=part[: 2 * N_FRAMES : 2], prompt=path.stem, seed=k, fps=12.0)
-                found.append((clip, part))
-    clips = [clip for clip, _ in found]
-    return [
-        Scene(clip=clip, at=_between(part, 2), other=_another(clips, i))
-        for i, (clip, part) in enumerate(found)
-    ]
-
-
-def generated(folder: Path) -> list[Scene]:
-    """The clips of a ClipSet; times between frames are blended."""
-    clips = list(ClipSet.load(folder).clips)
-    return [
-        Scene(clip=c, at=_between(c.frames, 1), other=_another(clips, i), speedable=False)
-        for i, c in enumerate(clips)
-    ]
-
-
-def _another(clips: Sequence[Clip], i: int) -> Clip:
-    """Of a few other clips the one that looks least like it: one person is filmed many times."""
-    others = [clips[(i + k) % len(clips)] for k in (3, 5, 7, 11)]
-    size = clips[i].frames.astype(np.float32)
-    return max(others, key=lambda other: float(np.mean((other.frames - size) ** 2)))
-
-
-def _cropped(frame: np.ndarray, size: int) -> np.ndarray:
-    side = min(frame.shape[:2])
-    y, x = ((n - side) // 2 for n in frame.shape[:2])
-    image = Image.fromarray(frame[y : y + side, x : x + side])
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
-
-
-def _between(film: np.ndarray, stride: int) -> Callable[[np.ndarray], np.ndarray]:
-    def at(times: np.ndarray) -> np.ndarray:
-        where = np.minimum(np.asarray(times) * stride, len(film) - 1)
-        low = np.minimum(where.astype(int), len(film) - 2)
-        part = (where - low)[:, None, None, None]
-        return _bytes((1 - part) * film[low] + part * film[low + 1])
-
-    return at
-
-
-def _bytes(values: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
-
-
-# ----------------------------------------------------------------------------------- honest damage
-
-
-def plus_minus_one(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(frames + rng.integers(-1, 2, frames.shape))
-
-
-def gaussian_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(frames + rng.normal(0, 2, frames.shape))
-
-
-def eight_bit(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(frames + _smooth(frames.shape, rng, 0.75))
-
-
-def four_bit(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """35 dB: places moved by 0.3 pixels, the rest a smooth error that drifts."""
-    flow = _smooth((*frames.shape[:3], 2), rng, 0.3)
-    moved = frames.astype(np.float32)
-    for axis in (1, 2):
-        moved = _moved(moved, flow[..., axis - 1], axis)
-    left = 255**2 / 10**3.5 - np.mean((moved - frames) ** 2)
-    if left > 0:
-        moved += _smooth(frames.shape, rng, float(np.sqrt(left)))
-    return _bytes(moved)
-
-
-def _moved(frames: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-    """T H W 3 read `by` (T H W, less than 2) pixels further along an axis; cubic, Catmull-Rom."""
-    low = np.floor(by)
-    part = (by - low)[..., None]
-    width = [(0, 0)] * 4
-    width[axis] = (3, 4)
-    padded = np.pad(frames, width, mode="edge")
-    n = frames.shape[axis]
-    taps = [
-        ((2 - part) * part - 1) * part / 2,
-        ((3 * part - 5) * part**2 + 2) / 2,
-        ((4 - 3 * part) * part + 1) * part / 2,
-        (part - 1) * part**2 / 2,
-    ]
-    found = np.zeros_like(frames)
-    for first in (-2, -1, 0, 1):
-        here = (low == first)[..., None]
-        for k, tap in enumerate(taps):
-            start = 3 + first + k - 1
-            found += here * tap * np.take(padded, range(start, start + n), axis=axis)
-    return found
-
-
-def h264(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Written as H.264 at crf 12 and read again."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        write_mp4(path, frames, 8.0)
-        return read_video(path)
-
-
-HONEST: Final[Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]]] = {
-    "plus_minus_one": plus_minus_one,
-    "gaussian_noise": gaussian_noise,
-    "eight_bit": eight_bit,
-    "four_bit": four_bit,
-    "h264": h264,
-}
-
-
-def _smooth(shape: tuple[int, ...], rng: np.random.Generator, rms: float) -> np.ndarray:
-    """A float32 field T H W C of this root mean square that changes over 6 pixels and 3 frames."""
-    t, h, w, c = shape
-    kernels = [_spread(n, step) for n, step in ((t, 3), (h, 6), (w, 6))]
-    small = rng.normal(size=(c, *(kernel.shape[1] for kernel in kernels))).astype(np.float32)
-    rows = kernels[1] @ small @ kernels[2].T
-    big = np.moveaxis(np.tensordot(kernels[0], rows, axes=(1, 1)), 1, -1)
-    return np.asarray(big * np.float32(rms / np.sqrt(np.mean(big**2))))
-
-
-def _spread(n: int, step: int) -> np.ndarray:
-    """Weights n x m of knots `step` apart, Gaussian."""
-    away = np.arange(n)[:, None] - step * np.arange(-1, n // step + 2)
-    return np.exp(-0.5 * (away / (0.6 * step)) ** 2).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------- failures
 
 
 def _black(s: Scene, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -281,39 +73,39 @@ def _speed(s: Scene, factor: float, rng: np.random.Generator) -> np.ndarray | No
 
 
 def _flicker(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(s.frames + rng.normal(0, levels, (len(s.frames), 1, 1, 1)))
+    return bytes_of(s.frames + rng.normal(0, levels, (len(s.frames), 1, 1, 1)))
 
 
 def _local_flicker(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
     t, h, w, _ = s.frames.shape
     blobs = gaussian_filter(rng.normal(size=(t, h, w)), (0, h / 10, w / 10))
-    return _bytes(s.frames + (levels * blobs / blobs.std())[..., None])
+    return bytes_of(s.frames + (levels * blobs / blobs.std())[..., None])
 
 
 def _shift(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(s.frames + np.float64(levels))
+    return bytes_of(s.frames + np.float64(levels))
 
 
 def _channel_shift(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(s.frames + levels * np.eye(3)[round(abs(levels)) % 3])
+    return bytes_of(s.frames + levels * np.eye(3)[round(abs(levels)) % 3])
 
 
 def _contrast(s: Scene, factor: float, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(16 + s.frames * factor if factor < 1 else (s.frames - 128.0) * factor + 128)
+    return bytes_of(16 + s.frames * factor if factor < 1 else (s.frames - 128.0) * factor + 128)
 
 
 def _saturation(s: Scene, factor: float, rng: np.random.Generator) -> np.ndarray:
     grey = s.frames.mean(axis=-1, keepdims=True)
-    return _bytes(grey + (s.frames - grey) * factor)
+    return bytes_of(grey + (s.frames - grey) * factor)
 
 
 def _blur(s: Scene, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    return _bytes(gaussian_filter(s.frames.astype(np.float32), (0, sigma, sigma, 0)))
+    return bytes_of(gaussian_filter(s.frames.astype(np.float32), (0, sigma, sigma, 0)))
 
 
 def _sharpen(s: Scene, amount: float, rng: np.random.Generator) -> np.ndarray:
     x = s.frames.astype(np.float32)
-    return _bytes(x + amount * (x - gaussian_filter(x, (0, 1, 1, 0))))
+    return bytes_of(x + amount * (x - gaussian_filter(x, (0, 1, 1, 0))))
 
 
 def _seams(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
@@ -324,7 +116,7 @@ def _seams(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
     sign = (np.add.outer(np.arange(rows), np.arange(columns)) % 2) - 0.5
     offsets = levels * (sign + rng.uniform(-0.2, 0.2, sign.shape))
     field = np.kron(offsets, np.ones((tile, tile)))[:h, :w]
-    return _bytes(s.frames + field[..., None])
+    return bytes_of(s.frames + field[..., None])
 
 
 def _lines(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
@@ -334,7 +126,7 @@ def _lines(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
     out = s.frames.astype(np.float32)
     out[:, tile - 1 :: tile] -= levels
     out[:, :, tile - 1 :: tile] -= levels
-    return _bytes(out)
+    return bytes_of(out)
 
 
 def _other_clip(s: Scene, _: float, rng: np.random.Generator) -> np.ndarray:
@@ -345,7 +137,7 @@ def _first_frame_then_garbage(s: Scene, share: float, rng: np.random.Generator) 
     out = np.repeat(s.frames[:1], len(s.frames), axis=0)
     n = round(share * len(out))
     blobs = gaussian_filter(rng.normal(size=(n, *out.shape[1:])), (1, 2, 2, 0))
-    out[len(out) - n :] = _bytes(128 + 50 * blobs / blobs.std())
+    out[len(out) - n :] = bytes_of(128 + 50 * blobs / blobs.std())
     return out
 
 
@@ -353,7 +145,7 @@ def _first_frame_then_fade(s: Scene, left: float, rng: np.random.Generator) -> n
     """The first frame, faded to grey until only the share `left` of its contrast is there."""
     kept = np.linspace(1, left, len(s.frames))[:, None, None, None]
     first = s.frames[:1].astype(np.float32)
-    return _bytes(kept * first + (1 - kept) * first.mean())
+    return bytes_of(kept * first + (1 - kept) * first.mean())
 
 
 def _shuffle(s: Scene, reach: float, rng: np.random.Generator) -> np.ndarray:
@@ -407,7 +199,7 @@ def _residue(s: Scene, levels: float, rng: np.random.Generator) -> np.ndarray:
     grain = rng.normal(size=(-(-t // 4) + 1, h, w, 3)) @ (np.full((3, 3), 0.5) + np.eye(3))
     grain = gaussian_filter(grain, (0, 1.0, 1.0, 0))
     grain = np.repeat(grain, 4, axis=0)[3 : 3 + t]
-    return _bytes(s.frames + levels * grain / grain.std())
+    return bytes_of(s.frames + levels * grain / grain.std())
 
 
 def _one_step_early(s: Scene, share: float, rng: np.random.Generator) -> Clip | None:

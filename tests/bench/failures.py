@@ -23,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 from corpus import FAILURES as CORPUS
-from corpus import HONEST, Damage, Scene, drawn, filmed, generated
+from corpus import Damage
+from honest_damage import HONEST
 from markdown_table import markdown_table
+from scenes import Scene, drawn, filmed, generated
 
 from hbxt_compress.clips import Clip, ClipSet
 from hbxt_compress.metrics.failures import FAILURES, Finding, find, signals

@@ -81,7 +81,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".lock" and path.name != "files.json"
+        if path.is_file() and path.suffix not in (".lock", ".seconds") and path.name != "files.json"
     }
 
 

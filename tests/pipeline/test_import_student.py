@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,10 +59,10 @@ def test_a_student_keeps_its_three_steps_from_checkpoint_to_clip(
     forwards: list[float] = []
     run = Session.run
 
-    def counted(self: Session, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def counted(self: Session, inputs: dict[str, np.ndarray], **needed: Any) -> Any:
         if "timestep" in inputs:
             forwards.append(float(inputs["timestep"].reshape(-1)[0]))
-        return run(self, inputs)
+        return run(self, inputs, **needed)
 
     monkeypatch.setattr(Session, "run", counted)
     with Runtime.open(artifact) as runtime:

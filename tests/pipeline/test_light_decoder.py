@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hbxt_compress import pipeline
+from hbxt_compress import evaluation, pipeline
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.lightened import new_decoder
 from hbxt_compress.machine import Machine
@@ -66,7 +66,7 @@ def test_the_artifact_decodes_with_it(
 
 def test_its_sources_are_found_again(artifact: Path, store: Store, micro_wan: Path) -> None:
     manifest = Artifact.open(artifact)
-    original, student = pipeline._sources_of(manifest, str(micro_wan), store, Machine())
+    original, student = evaluation.sources_of(manifest, str(micro_wan), store, Machine())
     assert original.folder == locate(str(micro_wan)).folder
     assert set(student.files) - set(original.files) == {
         "decoder/config.json", "decoder/diffusion_pytorch_model.safetensors",

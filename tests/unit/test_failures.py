@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import FAILURES as CORPUS
-from corpus import HONEST, Scene, drawn, filmed
 from failures import caught, false_alarms, honest, measured, seen
+from honest_damage import HONEST
+from scenes import Scene, drawn, filmed
 
 from hbxt_compress.clips import Clip, health
 from hbxt_compress.metrics.failures import FAILURES, find, signals
@@ -18,13 +19,13 @@ from hbxt_compress.metrics.failures.miniature import Timeline, block_means
 from hbxt_compress.reference import shapes
 from hbxt_compress.report import Finding
 
-N_TRIALS = 20
+N_TRIALS = 12
 TIME = ("slow_motion", "frozen", "dropped_frame", "repeated_frame", "frame_shuffle")
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return drawn(10)
+    return drawn(8)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +302,7 @@ def test_the_corpus_is_what_it_says(scenes: list[Scene]) -> None:
 def test_drawn_scenes_are_drawn_at_other_times(scenes: list[Scene]) -> None:
     for scene in scenes:
         np.testing.assert_array_equal(scene.at(np.arange(17)), scene.frames)
-    assert {shapes.caption(shapes.scene("evaluation", i)) for i in range(10)} == {
+    assert {shapes.caption(shapes.scene("evaluation", i)) for i in range(8)} == {
         scene.clip.prompt for scene in scenes
     }
 

@@ -265,7 +265,7 @@ from hbxt_compress.plan import make_plan
 from hbxt_compress.quantized import QuantizedModel
 from hbxt_compress.recipe import load_recipe
 from hbxt_compress.source import locate
-from hbxt_compress.stages.export import _write
+from hbxt_compress.stages.export import write_component
 
 peaks = []
 for folder in sys.argv[1:]:
@@ -273,7 +273,7 @@ for folder in sys.argv[1:]:
     family = family_of(source)
     plan = make_plan(load_recipe("fp16"), family.layers(source), family.parameters(source))
     out = Path(folder) / "out"
-    _write(family, source, "transformer", plan, QuantizedModel(weights={}), out)
+    write_component(family, source, "transformer", plan, QuantizedModel(weights={}), out)
     # not ru_maxrss, which a child takes over from the process that started it
     status = Path("/proc/self/status").read_text()
     peaks.append(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]))

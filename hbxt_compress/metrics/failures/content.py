@@ -116,7 +116,7 @@ class OffByOneStep:
     name: str = "off_by_one_step"
     meaning: str = "denoising ends early or late"
     unit: str = "steps"
-    tolerance: float = 0.15
+    tolerance: float = 0.2
     alarm: float | None = 0.5
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:

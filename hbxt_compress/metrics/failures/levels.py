@@ -231,18 +231,22 @@ def _overflowed(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
 
 
 def _closed(frames: np.ndarray) -> np.ndarray:
-    """Frames T H W 3 with dark spots less than 7 pixels wide filled."""
-    return ~_widest(~_widest(frames))
+    """Frames T H W 3 with narrow dark spots filled: of less than 7 pixels, or a tenth of a side."""
+    reach = max(3, min(frames.shape[1:3]) // 20)
+    return ~_widest(~_widest(frames, reach), reach)
 
 
-def _widest(frames: np.ndarray) -> np.ndarray:
-    """The greatest value of the 7 x 7 pixels about each."""
+def _widest(frames: np.ndarray, reach: int) -> np.ndarray:
+    """The greatest value within `reach` pixels of each, along rows and columns."""
     for axis in (1, 2):
         width = [(0, 0)] * 4
-        width[axis] = (3, 3)
+        width[axis] = (reach, reach)
         found = np.moveaxis(np.pad(frames, width, mode="edge"), axis, 0)
-        for by in (1, 2, 3):  # 2, then 4, then 7 pixels in a row
+        n_seen = 1  # pixels in a row that each value has seen
+        while n_seen < 2 * reach + 1:
+            by = min(n_seen, 2 * reach + 1 - n_seen)
             found = np.maximum(found[:-by], found[by:])
+            n_seen += by
         frames = np.moveaxis(found, 0, axis)
     return frames
 
