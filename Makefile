@@ -28,7 +28,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate release generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate release generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit bench-fuzz cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -109,6 +109,9 @@ bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float
 
 bench-fit: $(VENV)/installed ## memory of ONNX Runtime CPU as foretold and as measured
 	$(BIN)/python tests/bench/fit.py --models $(BUILD)/bench/hollow
+
+bench-fuzz: $(VENV)/installed ## 1000 malformed inputs through the command line: a table of how each kind ended
+	$(BIN)/python tests/bench/fuzz.py --n 1000
 
 bench-light: $(VENV)/installed ## the light decoder in the folder STUDENT against the full one: speed, PSNR, temporal error
 	$(BIN)/python tests/bench/light_decoder.py $(STUDENT) --json $(BUILD)/bench/light.json --sheet $(BUILD)/bench/light.png
