@@ -20,6 +20,8 @@ _HALVES: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 def parse_json(text: str | bytes) -> Any:
     """The value; ValueError for anything else than JSON of finite numbers and unique keys."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")  # json.loads would pass over halves of characters
     try:
         value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_float,
@@ -27,7 +29,7 @@ def parse_json(text: str | bytes) -> Any:
         )  # fmt: skip
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if _HALVES.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
+    if _HALVES.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -45,7 +47,7 @@ def read_json(path: Path) -> Any:
     size = path.stat().st_size
     if size > _MOST_BYTES:
         raise ValueError(f"has {size:,} bytes, at most {_MOST_BYTES:,} are read as JSON")
-    return parse_json(path.read_bytes().decode("utf-8"))
+    return parse_json(path.read_bytes())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -138,6 +138,8 @@ def _found_at(kind: type[Settings], document: Any, loc: Place) -> tuple[Place, l
             continue
         if segment == "[key]" or not isinstance(document, list | dict):
             continue
+        if is_list and not (isinstance(segment, int) and segment < len(document)):
+            continue  # one that is missing at the end
         fields, inside = [], get_args(annotation)
         if isinstance(annotation, type) and issubclass(annotation, Settings):
             fields = list(annotation.model_fields)
@@ -166,6 +168,8 @@ def _settings(annotation: Any, value: Any) -> Any:
 def _explain(error: ErrorDetails, fields: list[str]) -> str:
     """A pydantic error in the words of someone who writes YAML."""
     kind, value, name = error["type"], error["input"], str((error["loc"] or ("",))[-1])
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        return "needs one more"
     if kind == "missing":
         return "missing; this key is required"
     if kind == "extra_forbidden":

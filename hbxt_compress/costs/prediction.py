@@ -145,6 +145,7 @@ def stage_costs(
     is an --out. known_bytes: of files that need not be hashed again.
     """
     family = family_of(source)
+    family.tokens(source, family.geometry(source))  # a size that it cannot take is refused
     costs = [read_cost(source, os.cpu_count() or 1, known_bytes)]
     costs += distilling_costs(family, source, recipe.distill)
     costs += lightening_costs(family, source, recipe.decoder)

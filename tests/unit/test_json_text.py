@@ -30,6 +30,8 @@ def test_what_is_json_comes_back() -> None:
         ('{"\\udfff": 1}', "half a character"),
         ("{", "Expecting property name"),
         (b"\xff", "utf-8"),
+        (b'{"a": "\xed\xa0\x80"}', "utf-8"),
+        ('{"a": "x"}'.encode("utf-16"), "utf-8"),
     ],
 )
 def test_what_is_not_is_refused_with_the_reason(text: str | bytes, why: str) -> None:

@@ -215,7 +215,8 @@ def test_messages_can_be_printed_and_read(tmp_path: Path, text: str, expected: s
 
 
 class Either(Settings):
-    weights: str | Annotated[tuple[str, ...], Field(min_length=2)]
+    weights: str | Annotated[tuple[str, ...], Field(min_length=2)] = ""
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,8 @@ class Either(Settings):
         ("weights: [a, {b: c}]\n", ["1: weights[1]: must be text, not {'b': 'c'}"]),
         ("weights: 3\n", ["1: weights: must be text, not 3"]),
         ("weights: {a: 3}\n", ["1: weights: must be text, not {'a': 3}"]),
+        ("betas: [0.9]\n", ["1: betas: needs one more"]),
+        ("betas: [0.9, x]\n", ["1: betas[1]: must be a number, not 'x'"]),
         ("weights: [a]\n", ["1: weights: needs at least 2 of them"]),
     ],
 )

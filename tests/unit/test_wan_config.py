@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from hbxt_compress import pipeline
 from hbxt_compress.errors import SourceError
 from hbxt_compress.models import family_of
+from hbxt_compress.recipe import load_recipe
 from hbxt_compress.source import Source, locate
+from hbxt_compress.store import Store
 
 
 @pytest.fixture
@@ -94,3 +97,13 @@ def test_a_key_that_is_needed_and_missing_is_named(folder: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(SourceError, match=r"vae/config\.json: .*\n.*latents_mean: missing"):
         _read_all(locate(str(folder), hashed=False))
+
+
+def test_a_size_that_the_model_cannot_take_is_refused_before_anything_is_counted(
+    folder: Path, tmp_path: Path
+) -> None:
+    _with(folder, "generation_config.json", height=1)
+    with pytest.raises(
+        SourceError, match="cannot take such clips:\n  height 1: must be a multiple"
+    ):
+        pipeline.foresee(load_recipe("w4a16-fast"), str(folder), Store(tmp_path / "store"))
