@@ -161,7 +161,7 @@ def load_prompts(name_or_path: str) -> PromptSet:
     try:
         _check_distinct(texts)
     except ValueError as error:
-        raise RecipeError(f"{path}: rows: {error}") from error
+        raise RecipeError(f"{path}: rows: {path.parent / found.rows.file}: {error}") from error
     return found.model_copy(update={"prompts": texts, "rows": None})
 
 

@@ -180,7 +180,10 @@ class Wan:
                 problems.append(f"{name} {size}: is {n + more} tokens in a row, of at most {most}")
             n_tokens *= n + more
         if problems:
-            raise SourceError(f"{source.folder}: cannot take such clips:\n{listing(problems)}")
+            raise SourceError(
+                f"{source.folder}: cannot take such clips:\n{listing(problems)}\nso say patch_size in "
+                "transformer/config.json and the scale factors in vae/config.json"
+            )
         return n_tokens
 
     def latent_statistics(self, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
