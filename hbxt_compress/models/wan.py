@@ -181,8 +181,8 @@ class Wan:
             n_tokens *= n + more
         if problems:
             raise SourceError(
-                f"{source.folder}: cannot take such clips:\n{listing(problems)}\nso say patch_size in "
-                "transformer/config.json and the scale factors in vae/config.json"
+                f"{source.folder}: cannot take such clips:\n{listing(problems)}\n"
+                "so say patch_size in transformer/config.json and scale factors in vae/config.json"
             )
         return n_tokens
 
