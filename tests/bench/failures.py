@@ -29,8 +29,9 @@ from markdown_table import markdown_table
 from scenes import Scene, drawn, filmed, generated
 
 from hbxt_compress.clips import Clip, ClipSet
-from hbxt_compress.metrics.failures import FAILURES, Finding, find, signals
+from hbxt_compress.metrics.failures import FAILURES, find, signals
 from hbxt_compress.metrics.pixels import psnr
+from hbxt_compress.report import Finding
 
 __all__ = ["caught", "false_alarms", "measured", "seen"]
 
@@ -73,7 +74,7 @@ def measured(
         clip = made if isinstance(made, Clip) else replace(scene.clip, frames=made)
         always = isinstance(made, Clip) or (damage is not None and not damage.by_content)
         visible.append(always or seen(scene.frames, clip.frames))
-        pairs.append((scene.clip, honest(clip, kinds[rng.integers(len(kinds))], rng)))
+        pairs.append((scene.clip, honest(clip, kinds[int(rng.integers(len(kinds)))], rng)))
     return {n: [FAILURES[n].signal(*pair) for pair in pairs] for n in names}, visible
 
 
@@ -218,10 +219,10 @@ def main() -> None:
     for kind in HONEST if not given.only else ():
         make = {"scenes": scenes, "damage": None, "strength": 0.0, "kinds": (kind,)}
         pool, _ = _kept(given.out / f"honest-{kind}.json", make)
-        fired, unsure, by = false_alarms(pool, given.trials)
-        alarms.append((kind, f"{fired:.1f}", f"{unsure:.1f}", str(by or "")))
-    fired, unsure, by = false_alarms(good, given.trials)
-    alarms.append(("any of these", f"{fired:.1f}", f"{unsure:.1f}", str(by or "")))
+        fired, unsure, who = false_alarms(pool, given.trials)
+        alarms.append((kind, f"{fired:.1f}", f"{unsure:.1f}", str(who or "")))
+    fired, unsure, who = false_alarms(good, given.trials)
+    alarms.append(("any of these", f"{fired:.1f}", f"{unsure:.1f}", str(who or "")))
     spent = cost_ms(drawn(3))
     spent["all"] = sum(spent.values())
     titles = ("failure", "strength", "by", "16 of 16 caught (%)", "1 of 16 (%)", "seen in")
