@@ -291,7 +291,7 @@ _STREAM = """
 import sys
 from pathlib import Path
 import numpy as np
-from hbxt_compress.clips import to_uint8, write_mp4
+from hbxt_compress.clips import to_uint8
 from hbxt_compress.geometry import Geometry
 from hbxt_compress.manifest import Bucket
 from hbxt_compress.runtime.decode import decode
@@ -309,7 +309,7 @@ def graph(file):
 shape = (4, (n_frames + 3) // 4, *bucket.latent_shape[2:])
 latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 frames = map(to_uint8, decode(latents, bucket, graph, tiled=tiled))
-assert write_mp4(folder / f"{{n_frames}}-{{tiled}}.mp4", frames, 8) == n_frames
+assert sum(1 for _ in frames) == n_frames
 for line in Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmHWM"):
         print(int(line.split()[1]) / 1024)
@@ -319,10 +319,7 @@ for line in Path("/proc/self/status").read_text().splitlines():
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read there")
 def test_memory_does_not_grow_with_the_frames(tiled: bool, tmp_path: Path) -> None:
-    """Peak of a process that decodes to a file, MB; 144 frames more would be 35.
-
-    Some are what the video's encoder looks ahead, which after 17 frames it has not yet.
-    """
+    """Peak of a process that decodes and keeps nothing, MB; 144 frames more would be 35."""
     vae = small_vae(residual=True, base_dim=16)
     bucket = bucket_of(vae, (5, 32, 40), _tile(256, 192, 64))
     export_component(tmp_path, vae_decoder_graphs(vae, bucket), {}, precision=32)

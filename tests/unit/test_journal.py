@@ -166,17 +166,17 @@ def _killed_at(function: str, nth: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(home, function, call)
 
 
-@pytest.mark.parametrize("nth", range(1, 8))
+@pytest.mark.parametrize("nth", range(1, 9))
 def test_killed_at_any_rename_it_loses_a_piece_at_most_and_ends_with_the_same_record(
     nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three pieces, the journal put aside, the folder's name, the record's; the seventh is none."""
+    """Three pieces, the journal put aside, the names of folder, times, record; the eighth is none."""
     whole = Store(tmp_path / "whole").result(pieces)
     _calls.clear()
     killed = Store(tmp_path / "killed")
     with monkeypatch.context() as patch:
         _killed_at("replace", nth, patch)
-        if nth < 7:
+        if nth < 8:
             with pytest.raises(KeyboardInterrupt) as caught:
                 killed.result(pieces)
             assert "pieces are finished under" in caught.value.__notes__[0]
@@ -184,7 +184,7 @@ def test_killed_at_any_rename_it_loses_a_piece_at_most_and_ends_with_the_same_re
     assert again.digest == whole.digest
     assert len(_calls) <= 4
     left = sorted(path.name for path in again.folder.parent.iterdir())
-    assert left == [again.key, f"{again.key}.json", f"{again.key}.lock"]
+    assert left == [again.key, *(f"{again.key}.{kind}" for kind in ("json", "lock", "seconds"))]
     assert sorted(path.name for path in again.folder.iterdir()) == ["folder", "index", "one", "two"]
 
 
