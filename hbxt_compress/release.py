@@ -6,6 +6,7 @@ The artifact's files stay as they are, byte for byte; released.py says what is a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, replace
@@ -38,6 +39,7 @@ from hbxt_compress.verify import UNSIGNED, require_artifact
 __all__ = ["Allowed", "release"]
 
 Allowed = Literal["pass", "undecided", "fail"]
+log = logging.getLogger(__name__)
 _REPORT: Final = ("report.json", "report.md", "report.html")
 _QUALITY, _CARD, _ATTRIBUTES = "quality", "README.md", ".gitattributes"
 _MUCH: Final = 5_000_000  # bytes: git should not hold such a file itself
@@ -73,11 +75,14 @@ def release(
     _require_outcome(measured, allow)
     _require_targets(found)
     terms = _terms(found, licence)
+    model = str(found.manifest.source["model"])
+    if Path(model).is_absolute():
+        log.warning("%s is told in manifest.json and report.json, which go along", model)
     made = Release(
         schema=SCHEMA,
         name=str(found.manifest.recipe["name"]),
         recipe=str(found.manifest.recipe["digest"]),
-        model=str(found.manifest.source["model"]),
+        model=model,
         licence=terms.name,
         outcome=measured.outcome,
         signed=sigstore or key is not None,

@@ -9,10 +9,16 @@ from typing import Literal
 
 from hbxt_compress.artifact import Artifact
 from hbxt_compress.render.markdown import write_markdown
-from hbxt_compress.report import SCHEMA, Measurement, QualityReport, Verdict
+from hbxt_compress.report import SCHEMA, Control, Measurement, QualityReport, Verdict
 
 __all__ = ["write_report"]
 
+_NOISE = Control(
+    name="ulp", kind="noise", text="weights moved by one ulp", n=2, values={"psnr": (90.5, 91.5)}
+)
+_UNMEASURED = Control(
+    name="provider", kind="noise", text="another provider", n=0, values={}, note="there is no other"
+)
 _SAID = {
     "pass": "PASS: all promises are kept.",
     "fail": "FAIL: broken promises on psnr.",
@@ -40,6 +46,7 @@ def write_report(
             Measurement(
                 metric="psnr", value=41.25, interval=(40.5, 42.125), n=8, unit="dB",
                 direction="higher", worst=38.0, interval_by="bootstrap over clips, 10000 resamples",
+                per_clip=(38.0, 40.0, 41.0, 42.0, 42.0, 42.0, 42.0, 43.0),
             ),
             Measurement(
                 metric="fvd_i3d", value=None, interval=None, n=0, unit="", direction="lower",
@@ -51,8 +58,8 @@ def write_report(
         verdicts=(Verdict(metric="psnr", limit=40.0, outcome=outcome, reason="40.5 dB or more"),),
         conclusion=_SAID[outcome],
         clips=(),
-        made_with=document["made_with"], artifact=opened.manifest_sha256, seconds={}, controls=(),
-        findings=(), baseline=None,
+        made_with=document["made_with"], artifact=opened.manifest_sha256, seconds={},
+        controls=(_NOISE, _UNMEASURED), findings=(), baseline=None,
     )  # fmt: skip
     report.save(folder)
     write_markdown(folder, report)

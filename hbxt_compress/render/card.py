@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from hbxt_compress import yaml_text
 from hbxt_compress.manifest import LayerFate, Manifest
-from hbxt_compress.render.markdown import escaped, markdown_table
+from hbxt_compress.render.markdown import controls, escaped, markdown_table
 from hbxt_compress.render.table import (
     BYTES_HEAD,
     METRICS_HEAD,
@@ -147,6 +147,13 @@ def _quality(report: QualityReport) -> list[str]:
     steps, seed = report.suite.get("n_steps", "?"), report.suite.get("seed", "?")
     told = [f"- {escaped(name)}: {escaped(note)}" for name, note in notes(report)]
     by = sorted({one.interval_by for one in report.measurements if one.interval_by})
+    floor = controls(report)
+    if floor:
+        floor = [
+            "The same means beside the full-precision model's own (noise: numbers that differ by "
+            "rounding; seed: other noise for the same prompts) and those of known damage:",
+            *floor,
+        ]
     return [
         "## Measured quality",
         f"{report.n_clips} clips of suite `{report.suite.get('name', '?')}` ({steps} steps, seed "
@@ -155,6 +162,7 @@ def _quality(report: QualityReport) -> list[str]:
         markdown_table(METRICS_HEAD, metric_rows(report)),
         *([f"Intervals: {escaped('; '.join(by))}."] if by else []),
         *(["\n".join(told)] if told else []),
+        *floor,
     ]
 
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hbxt_compress.render.markdown import escaped
-from hbxt_compress.render.table import control_rows, size
+from hbxt_compress.render.markdown import controls, escaped
+from hbxt_compress.render.table import size
 from hbxt_compress.report import QualityReport
 
 __all__ = ["commands", "summary", "tell_github", "write_summary"]
@@ -41,17 +41,8 @@ def summary(report: QualityReport) -> str:
             for against, what, outcome, reason in told
         ]
         lines.append("")
-    if report.controls:
-        head, rows = control_rows(report)
-        lines += [
-            "| " + " | ".join(map(escaped, head)) + " |",
-            "| --- |" + " --: |" * (len(head) - 1),
-        ]
-        lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in rows]
-        lines += [
-            f"\n{escaped(one.name)}: {escaped(one.note)}" for one in report.controls if one.note
-        ]
-        lines.append("")
+    for part in controls(report):
+        lines += [part, ""]
     return "\n".join(lines)
 
 

@@ -10,12 +10,13 @@ from hbxt_compress.render.table import (
     METRICS_HEAD,
     byte_rows,
     calibration,
+    control_rows,
     metric_rows,
     notes,
 )
 from hbxt_compress.report import QualityReport
 
-__all__ = ["escaped", "markdown", "markdown_table", "write_markdown"]
+__all__ = ["controls", "escaped", "markdown", "markdown_table", "write_markdown"]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -31,6 +32,17 @@ def escaped(text: str) -> str:
     return " ".join(text.split())
 
 
+def controls(report: QualityReport) -> list[str]:
+    """Paragraphs: the candidate's means beside what noise and known damage do.
+
+    None where the suite has no controls.
+    """
+    if not report.controls:
+        return []
+    notes = [f"{escaped(one.name)}: {escaped(one.note)}" for one in report.controls if one.note]
+    return [markdown_table(*control_rows(report)), *notes]
+
+
 def markdown(report: QualityReport) -> str:
     """The report as Markdown text."""
     name = escaped(str(report.recipe.get("name", "?")))
@@ -42,6 +54,7 @@ def markdown(report: QualityReport) -> str:
         "full-precision model: same prompts, seeds and noise, both through the same runtime. "
         f"{escaped(calibration(report))}".rstrip(),
         markdown_table(METRICS_HEAD, metric_rows(report)),
+        *controls(report),
         markdown_table(BYTES_HEAD, byte_rows(report)),
     ]
     reasons = [f"- {escaped(v.metric)}: {v.outcome}, {escaped(v.reason)}" for v in report.verdicts]

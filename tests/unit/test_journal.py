@@ -170,7 +170,7 @@ def _killed_at(function: str, nth: int, patch: pytest.MonkeyPatch) -> None:
 def test_killed_at_any_rename_it_loses_a_piece_at_most_and_ends_with_the_same_record(
     nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three pieces, the journal put aside, the names of folder, times, record; the eighth is none."""
+    """Three pieces, the journal aside, the names of folder, times, record; the eighth is none."""
     whole = Store(tmp_path / "whole").result(pieces)
     _calls.clear()
     killed = Store(tmp_path / "killed")

@@ -150,6 +150,8 @@ def test_the_card_repeats_what_was_measured(whole: Path) -> None:
     assert "n 8, 95 % interval 40.5 .. 42.12" in metric["name"]
     assert "**PASS: all promises are kept.**" in body
     assert "| psnr | 41.25 dB | 40.5 .. 42.12 |" in body
+    assert "| ulp (noise) | 2 | 91 |" in body
+    assert "provider: there is no other" in body
     assert "Not measured: fvd\\_i3d." in body
     assert "**Not verified on AMD GPUs.**" in body
     assert "[licences/LICENSE](licences/LICENSE)" in body
@@ -163,8 +165,8 @@ def test_the_hub_reads_the_card(whole: Path) -> None:
     assert (result.metric_type, result.metric_value) == ("psnr", 41.25)
 
 
-def test_a_hub_source_is_the_base_model_and_a_folder_is_not_told(
-    artifact: Path, tmp_path: Path
+def test_a_hub_source_is_the_base_model_and_a_folder_is_not_in_the_card(
+    artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for model, base in (("Wan-AI/Some@abc", "Wan-AI/Some"), ("/home/me/secret/Some", None)):
         own = Path(shutil.copytree(artifact, tmp_path / f"artifact-{base is None}"))
@@ -175,6 +177,8 @@ def test_a_hub_source_is_the_base_model_and_a_folder_is_not_told(
         assert yaml.safe_load(text.split("---\n")[1]).get("base_model") == base
         assert "secret" not in text
         assert "# Some fake" in text
+    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert told == ["/home/me/secret/Some is told in manifest.json and report.json, which go along"]
 
 
 @pytest.mark.parametrize("texts", [{}, {"LICENSE": "do as you like"}])
