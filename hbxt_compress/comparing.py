@@ -12,9 +12,10 @@ from hbxt_compress.metrics.comparison import LEAST_CLIPS, difference, holm
 from hbxt_compress.report import QualityReport
 from hbxt_compress.stages.against import scales_of
 
-__all__ = ["SURE", "Comparison", "Compared", "Difference", "compare_reports"]
+__all__ = ["SURE", "Compared", "Comparison", "Difference", "beats", "compare_reports"]
 
 SURE = 0.05  # family-wise: of all differences on the page
+_ALIKE = 1.1  # times so near to each other say nothing
 _QUALITY = ("lpips_squeeze", "lpips_alex", "lpips_vgg", "psnr", "latent_error", "ssim")
 
 
@@ -41,7 +42,8 @@ class Compared:
     """One report. damage: mean over clips on the scale of Comparison.quality, less is better.
 
     seconds: of a clip, as it was sampled; 0 where that is not known. unbeaten: no other is at least
-    as good in bytes, seconds and quality and better in one of them.
+    as good in bytes, seconds and quality and better in one of them; times within a tenth of each
+    other are the same.
     """
 
     name: str
@@ -130,7 +132,7 @@ def compare_reports(reports: Sequence[QualityReport], seed: int = 0) -> Comparis
                 damage=damages[i], outcome=one.outcome,
                 values={m: float(np.mean(_clipwise(one)[m])) for m in scales},
                 differences=differences[i],
-                unbeaten=not any(_beats(other, points[i]) for other in points),
+                unbeaten=not any(beats(other, points[i]) for other in points),
             )
             for i, one in enumerate(reports)
         ),
@@ -141,8 +143,12 @@ def _clipwise(report: QualityReport) -> dict[str, tuple[float, ...]]:
     return {one.metric: one.per_clip for one in report.measurements if one.per_clip}
 
 
-def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+def beats(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+    """Whether one's bytes, seconds and damage are no worse, and one of them better."""
+    (size, seconds, damage), (size_2, seconds_2, damage_2) = one, other
+    if size > size_2 or damage > damage_2 or seconds > seconds_2 * _ALIKE:
+        return False
+    return size < size_2 or damage < damage_2 or seconds * _ALIKE < seconds_2
 
 
 def _refuse(reports: Sequence[QualityReport]) -> None:

@@ -186,6 +186,8 @@ def _open(
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         options.enable_mem_reuse = False
         keep_apart()
+    # an idle graph's threads would keep the cores busy while the next graph runs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if n_threads is not None:
         options.intra_op_num_threads = n_threads
     for key, value in config.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hbxt_compress.comparing import Compared, Comparison, Difference
+from hbxt_compress.comparing import Compared, Comparison, Difference, beats
 from hbxt_compress.render.comparison import comparison_page, write_comparison
 from hbxt_compress.render.scatter import Point, scatter
 from tests.shown_report import NASTY, compared
@@ -51,6 +51,24 @@ def test_a_comparison_gives_the_page_what_it_asks_for() -> None:
     text = comparison_page(document)
     assert '<td class="worse">worse</td><td class="number">+2 dB</td>' in text
     assert "<strong>a</strong>" in text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "beaten"),
+    [
+        ((1, 1.0, 1.0), (1, 1.0, 1.0), False),
+        ((1, 1.05, 1.0), (2, 1.0, 1.0), True),  # so near, times are the same
+        ((1, 1.05, 1.0), (1, 1.0, 1.0), False),
+        ((1, 1.2, 1.0), (2, 1.0, 1.0), False),
+        ((1, 1.0, 1.0), (1, 1.2, 1.0), True),
+        ((1, 1.0, 2.0), (2, 1.0, 1.0), False),
+        ((1, 0.0, 1.0), (1, 0.0, 2.0), True),  # no times are known
+    ],
+)
+def test_who_beats_whom(
+    one: tuple[float, float, float], other: tuple[float, float, float], beaten: bool
+) -> None:
+    assert beats(one, other) is beaten
 
 
 @pytest.mark.parametrize(
