@@ -74,8 +74,8 @@ browser: $(VENV)/installed ## a Chromium for the tests of pages, if one can be h
 		|| $(BIN)/python -m playwright install --with-deps chromium </dev/null \
 		|| echo "no Chromium can be had here, tests/browser will be skipped"
 
-test: $(VENV)/installed ## run every test
-	$(BIN)/python -m pytest
+test: $(VENV)/installed ## run every test, on up to four cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/installed ## formatting, lint, types, architecture
 	$(BIN)/ruff format --check .
