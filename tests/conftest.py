@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 
 _TESTS = Path(__file__).parent
 _LIMIT_S = {
-    ".": 300, "unit": 60, "fuzz": 120, "shelves": 120, "runtime": 120, "pipeline": 300,
+    ".": 300, "unit": 120, "fuzz": 120, "shelves": 120, "runtime": 120, "pipeline": 300,
     "browser": 120, "gpu": 600,
 }  # fmt: skip
 _SEED = 0

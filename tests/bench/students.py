@@ -1,11 +1,12 @@
 """Students beside their teacher: what they follow, how far their clips are from its, and how fast.
 
-    python tests/bench/students.py [--n 256] [--recipes w4a16-dmd ...] [--steps 3 8]
+    python tests/bench/students.py [--n 256] [--recipes w4a16-4step w4a16-dmd] [--steps 3 8]
 
 The teacher is the built-in model's fp16 artifact in all of its steps; once more with other seeds it
-is what two sets of clips of one model differ by. Students of the first recipe's distillers at other
-numbers of steps are added in fp16. All clips are made by the runtime; prompts are captions that
-neither the model nor a student was trained on. Writes students.json and students.md.
+is what two sets of clips of one model differ by. Of each recipe there is its student in fp16, too,
+and of the first recipe's distillers such students with other numbers of steps. All clips are made
+by the runtime; prompts are captions that neither the model nor a student was trained on. Writes
+students.json and students.md.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def main(recipes: Sequence[str], steps: Sequence[int], n: int, store: Store, out
     asked = [load_recipe(name) for name in recipes]
     full = load_recipe("fp16")
     models: list[tuple[str, Recipe]] = [(full.name, full)]
-    models += [(f"{k} steps, fp16", _in_fp16(asked[0], full, k)) for k in (4, *steps)]
-    models += [(one.name, one) for one in asked]
+    models += [(f"{k} steps, fp16", _in_fp16(asked[0], full, k)) for k in steps]
+    for one in asked:
+        models += [(f"{one.name} in fp16", _in_fp16(one, full, 4)), (one.name, one)]
     found = {
         name: Artifact.open(compress(one, BUILTIN, store, machine=Machine()))
         for name, one in models
@@ -139,7 +141,7 @@ def _table(rows: Sequence[Row]) -> str:
             row["model"], str(row["forwards"]), *(f"{100 * row[k]:.1f}" for k in _WORDS),
             f"{row['fd_content']:.2f}", f"{row['fd_temporal']:.2f}", f"{row['energy']:.2f}",
             f"{row['megabytes']:.1f}",
-            *(f"{1e3 * row[f'seconds_{k}']:.0f}|{row[f'faster_{k}']:.1f}" for k in _THREADS),
+            *(f"{1e3 * row[f'seconds_{k}']:.0f} ({row[f'faster_{k}']:.1f})" for k in _THREADS),
         )
         for row in rows
     ]  # fmt: skip
@@ -149,7 +151,7 @@ def _table(rows: Sequence[Row]) -> str:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--n", type=int, default=256)
-    arguments.add_argument("--recipes", nargs="+", default=["w4a16-dmd"])
+    arguments.add_argument("--recipes", nargs="+", default=["w4a16-4step", "w4a16-dmd"])
     arguments.add_argument("--steps", nargs="*", type=int, choices=sorted(_LEVELS), default=[3, 8])
     arguments.add_argument("--store", type=Path, default=Path(".hbxt"))
     arguments.add_argument("--out", type=Path, default=Path("build/bench"))

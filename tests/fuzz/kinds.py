@@ -96,7 +96,7 @@ def _with_model(folder: Path, root: Path) -> None:
 
 def _recipes(folder: Path, root: Path) -> None:
     _with_model(folder, root)
-    for name in ("w4a16", "w8a8-static", "w4a16-fast", "w4a16-dmd", "tiny"):
+    for name in ("w4a16", "w8a8-static", "w4a16-fast", "w4a16-4step", "tiny"):
         text = library.find("recipes", name).read_text(encoding="utf-8")
         (folder / f"mine-{name}.yaml").write_text(text, encoding="utf-8")
 
