@@ -102,3 +102,12 @@ def test_the_workflow_runs_commands_that_there_are() -> None:
             assert f"--{option}" in {name for one in command.params for name in one.opts}
     for name in job["strategy"]["matrix"]["recipe"]:
         assert (_ROOT / "recipes" / f"{name}.yaml").is_file()
+
+
+def test_the_workflow_never_takes_results_of_other_code() -> None:
+    """Keys of results hold what they are made of and a stage's VERSION, not the code between."""
+    workflow = yaml.safe_load((_ROOT / ".github/workflows/quality.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    (cache,) = (step["with"] for step in job["steps"] if "cache" in step.get("uses", ""))
+    assert "hashFiles('hbxt_compress/**'" in cache["key"]
+    assert "restore-keys" not in cache
