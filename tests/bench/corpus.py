@@ -28,7 +28,8 @@ class Damage:
 
     visible: the strength that a person sees. caught_by: one of these detectors must say so. alone:
     one such clip among others is a failure. by_content: how much it changes depends on the scene
-    (on its motion, say), so that it must change more than 4 bits do to be seen there.
+    (on its motion, say), so that it must change more than 4 bits do to be seen there. smeared: a
+    codec leaves little of it, which comes after clips are judged.
     """
 
     make: Make
@@ -37,6 +38,7 @@ class Damage:
     caught_by: tuple[str, ...]
     alone: bool = False
     by_content: bool = False
+    smeared: bool = False
 
 
 def _black(s: Scene, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -257,7 +259,7 @@ FAILURES: Final[Mapping[str, Damage]] = {
     ),
     "one step early": Damage(_one_step_early, (0.5, 1.0), 1.0, ("off_by_one_step",), alone=True),
     "noise left": Damage(_residue, (3.0, 6.0), 6.0, ("grain",)),
-    "uint8 wrap": Damage(_wrap, (0.001, 0.003), 0.003, ("uint8_wrap",), alone=True),
+    "uint8 wrap": Damage(_wrap, (0.001, 0.003), 0.003, ("uint8_wrap",), alone=True, smeared=True),
     "inverted": Damage(_inverted, (1.0,), 1.0, ("inverted",), alone=True),
     "RGB as BGR": Damage(_bgr, (1.0,), 1.0, ("swapped_channels",), alone=True, by_content=True),
 }

@@ -66,6 +66,8 @@ def measured(
     names: of detectors.
     """
     pairs, visible = [], []
+    if damage is not None and damage.smeared:
+        kinds = [kind for kind in kinds if kind != "h264"]
     for i, scene in enumerate(scenes):
         rng = np.random.default_rng([i, round(abs(strength) * 1000)])
         made = scene.frames if damage is None else damage.make(scene, strength, rng)

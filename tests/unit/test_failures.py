@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,35 @@ def test_block_means_cut_what_does_not_fill_a_block(dtype: type) -> None:
     expected = frames[:, :12, :9].reshape(2, 4, 3, 3, 3, 3).mean(axis=(2, 4))
     np.testing.assert_allclose(block_means(frames, 3), expected, rtol=1e-5)
     assert block_means(frames, 300).shape == (2, 1, 1, 3)
+
+
+def _boiling(levels: float, seed: int) -> np.ndarray:
+    """17 frames of a still picture whose edges never are quite the same, as generated ones are."""
+    rng = np.random.default_rng(seed)
+    still = shapes.draw(shapes.scene("evaluation", 17))[0] * 200 + 20
+    moved = rng.normal(0, levels, (17, 8, 8, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    return np.clip(still + moved, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["repeated_frame", "dropped_frame", "frame_shuffle"])
+def test_pictures_that_boil_or_go_elsewhere_say_nothing_of_order(name: str) -> None:
+    detector = FAILURES[name]
+    for seed in range(20):
+        reference, candidate = _boiling(1.5, seed), _boiling(6.0, 100 + seed)
+        assert not detector.signal(_of(reference), _of(candidate))
+    circles = [i for i in range(64) if "circle on" in shapes.caption(shapes.scene("evaluation", i))]
+    drawn = [np.rint(shapes.draw(shapes.scene("evaluation", i)) * 255) for i in circles]
+    for one, other in pairwise(drawn):
+        assert not detector.signal(_of(one.astype(np.uint8)), _of(other.astype(np.uint8)))
+
+
+def test_errors_in_other_directions_say_nothing_of_steps() -> None:
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(5, 4, 3, 8, 8)).astype(np.float32)
+    clip = replace(_of(np.zeros((9, 32, 32, 3), dtype=np.uint8)), latents=latents)
+    apart = latents.copy()
+    apart[-1] += 5 * rng.normal(size=apart[-1].shape)
+    assert FAILURES["off_by_one_step"].signal(clip, replace(clip, latents=apart)) is None
 
 
 def test_one_step_early_is_one_step() -> None:

@@ -120,7 +120,10 @@ class OffByOneStep:
     alarm: float | None = 0.5
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Steps ahead of the reference, -1 for a last step left out; None without latents."""
+        """Steps ahead of the reference, -1 for a last step left out.
+
+        None without latents, or where they err by more than two such steps in other directions.
+        """
         a, b = reference.latents, candidate.latents
         if a is None or b is None or len(a) < 2 or a.shape[1:] != b.shape[1:]:
             return None
@@ -128,7 +131,8 @@ class OffByOneStep:
         size = float(np.sum(way**2))
         off = b[-1].astype(np.float64) - a[-1]
         found = float(np.sum(off * way)) / size if size else np.nan
-        return found if np.isfinite(found) else None
+        aside = float(np.sum((off - found * way) ** 2))
+        return found if np.isfinite(found) and aside <= 4 * size else None
 
 
 WRONG_PROMPT = WrongPrompt()

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _WRAP = 150  # levels between light and what an overflow leaves
+_AROUND = 110  # levels between a spot and what is around it, of the candidate itself
 _SAME = 8.0  # levels squared that a map changes
 _LEAST = 3.0  # levels of contrast or colour, of which a share can be told
 _BLOCK = 4  # pixels; means over blocks are what noise leaves alone
@@ -215,7 +216,7 @@ class Uint8Wrap:
     meaning: str = "values overflowed from white to black or back"
     unit: str = "% of values"
     tolerance: float = 0.005
-    alarm: float | None = 0.01
+    alarm: float | None = 0.008
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Percent of values, 0..100."""
@@ -227,7 +228,10 @@ class Uint8Wrap:
 def _overflowed(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     """Bool T H W 3: dark spots that lie in light, where the reference is light."""
     spots = (right > _WRAP) & (wrong < right - _WRAP)
-    return np.asarray(spots & (_closed(wrong) > _WRAP)) if spots.any() else spots
+    if not spots.any():
+        return spots
+    around = _closed(wrong).astype(np.int16)
+    return np.asarray(spots & (around > _WRAP) & (around - wrong > _AROUND))
 
 
 def _closed(frames: np.ndarray) -> np.ndarray:

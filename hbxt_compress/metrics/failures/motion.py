@@ -33,6 +33,8 @@ _LEAST_FRAMES = 5
 _NEAR = 3  # frames by which a change may come earlier or later
 _KNOWN = 0.8  # of a clip's frames, what a faster or shorter one shows still lies within the clip
 _SPEAKS = 0.06  # of all error, what a damage explains at least
+_LOST = 1.0  # steps, squared, by which a frame errs whose place in time is chance
+_ELSEWHERE = 30.0  # levels squared by which a clip errs that goes its own way
 _SPEEDS = np.concatenate([np.arange(0, 0.5, 0.05), np.arange(0.5, 1.6, 0.01), [1.8, 2.0]])
 
 
@@ -42,6 +44,19 @@ def _timeline(reference: Clip, candidate: Clip) -> Timeline | None:
         return None
     found = Timeline.of(reference.frames, candidate.frames)
     return found if found.steps.mean() >= _STILL else None
+
+
+def _placed(reference: Clip, candidate: Clip) -> Timeline | None:
+    """As _timeline; None also where it is chance which of the reference's frames one shows.
+
+    That is where frames err by far more than one differs from the next, or show something else.
+    """
+    line = _timeline(reference, candidate)
+    if line is None:
+        return None
+    error = line.across.min(axis=1)
+    placed = np.median(error) <= _LOST * np.median(line.steps) and error.mean() <= _ELSEWHERE
+    return line if placed else None
 
 
 def _at_speeds(line: Timeline, n_frames: int) -> np.ndarray:
@@ -102,7 +117,7 @@ def _left_out(line: Timeline) -> int:
     tried = [(by, *_shifted(line, by, n_frames)) for by in (1, -1, 2, -2, 3, -3)]
     by, gain, size = max(tried, key=lambda one: one[1])
     error = float(line.across.diagonal()[:n_frames].sum())
-    return by if gain > max(1.03 * steady, 0.5 * size, _SPEAKS * error) else 0
+    return by if gain > max(1.03 * steady, 0.75 * size, _SPEAKS * error) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +197,8 @@ class RepeatedFrame:
     alarm: float | None = 0.9
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """How many frames are copies of a neighbour; None where the picture does not move."""
-        line = _timeline(reference, candidate)
+        """How many frames are copies of a neighbour; None where places in time cannot be told."""
+        line = _placed(reference, candidate)
         if line is None:
             return None
         own, step = line.across.diagonal(), line.steps
@@ -194,7 +209,8 @@ class RepeatedFrame:
         change = line.candidate.diagonal(1)
         same = np.minimum(change[:-1], change[1:]) < 0.3 * least + 3 * around
         alone = own[1:-1] - around > 0.5 * least
-        return float(np.sum((nearer > 0) & same & alone & (least >= _STILL)))
+        known = (least >= _STILL) & (around <= least)
+        return float(np.sum((nearer > 0) & same & alone & known))
 
 
 REPEATED_FRAME = RepeatedFrame()
@@ -211,9 +227,9 @@ class DroppedFrame:
     alarm: float | None = 0.9
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Frames left out, less than 0 for doubled ones; None where the picture does not move."""
+        """Frames left out, less than 0: doubled; None where places in time cannot be told."""
         line = _timeline(reference, candidate)
-        if line is None:
+        if line is None or line.across.min(axis=1).mean() > _ELSEWHERE:
             return None
         return float(_left_out(line))
 
@@ -232,8 +248,8 @@ class FrameShuffle:
     alarm: float | None = 5.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
-        """Percent of changes that go back, 0..100; None where the picture does not move."""
-        line = _timeline(reference, candidate)
+        """Percent of changes that go back, 0..100; None where places in time cannot be told."""
+        line = _placed(reference, candidate)
         if line is None:
             return None
         t = np.arange(len(line))
