@@ -16,7 +16,7 @@ from hbxt_compress.suite import Suite
 
 __all__ = ["FACTS", "VERSION", "report", "weights_at_hand"]
 
-VERSION = 3
+VERSION = 4
 FACTS = ("numpy", "torch", "lpips")
 _IN_PICTURE = 6
 

@@ -33,7 +33,6 @@ _LEAST_FRAMES = 5
 _NEAR = 3  # frames by which a change may come earlier or later
 _KNOWN = 0.8  # of a clip's frames, what a faster or shorter one shows still lies within the clip
 _SPEAKS = 0.06  # of all error, what a damage explains at least
-_LOST = 1.0  # steps, squared, by which a frame errs whose place in time is chance
 _ELSEWHERE = 30.0  # levels squared by which a clip errs that goes its own way
 _SPEEDS = np.concatenate([np.arange(0, 0.5, 0.05), np.arange(0.5, 1.6, 0.01), [1.8, 2.0]])
 
@@ -46,17 +45,23 @@ def _timeline(reference: Clip, candidate: Clip) -> Timeline | None:
     return found if found.steps.mean() >= _STILL else None
 
 
-def _placed(reference: Clip, candidate: Clip) -> Timeline | None:
-    """As _timeline; None also where it is chance which of the reference's frames one shows.
-
-    That is where frames err by far more than one differs from the next, or show something else.
-    """
+def _followed(reference: Clip, candidate: Clip) -> Timeline | None:
+    """As _timeline; None also where the candidate, in whatever order, shows something else."""
     line = _timeline(reference, candidate)
-    if line is None:
+    if line is None or line.across.min(axis=1).mean() > _ELSEWHERE:
         return None
-    error = line.across.min(axis=1)
-    placed = np.median(error) <= _LOST * np.median(line.steps) and error.mean() <= _ELSEWHERE
-    return line if placed else None
+    return line
+
+
+def _placed(reference: Clip, candidate: Clip) -> Timeline | None:
+    """As _followed; None also where frames err by more than one differs from the next.
+
+    There it is chance which of the reference's frames one shows.
+    """
+    line = _followed(reference, candidate)
+    if line is None or np.median(line.across.min(axis=1)) > np.median(line.steps):
+        return None
+    return line
 
 
 def _at_speeds(line: Timeline, n_frames: int) -> np.ndarray:
@@ -209,8 +214,7 @@ class RepeatedFrame:
         change = line.candidate.diagonal(1)
         same = np.minimum(change[:-1], change[1:]) < 0.3 * least + 3 * around
         alone = own[1:-1] - around > 0.5 * least
-        known = (least >= _STILL) & (around <= least)
-        return float(np.sum((nearer > 0) & same & alone & known))
+        return float(np.sum((nearer > 0) & same & alone & (least >= _STILL)))
 
 
 REPEATED_FRAME = RepeatedFrame()
@@ -228,8 +232,8 @@ class DroppedFrame:
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """Frames left out, less than 0: doubled; None where places in time cannot be told."""
-        line = _timeline(reference, candidate)
-        if line is None or line.across.min(axis=1).mean() > _ELSEWHERE:
+        line = _followed(reference, candidate)
+        if line is None:
             return None
         return float(_left_out(line))
 
