@@ -94,9 +94,12 @@ def _with_model(folder: Path, root: Path) -> None:
     folder.mkdir(parents=True)
 
 
+_RECIPES: Final = ("w4a16", "w8a8-static", "w4a16-fast", "w4a16-4step", "w4a16-dmd")
+
+
 def _recipes(folder: Path, root: Path) -> None:
     _with_model(folder, root)
-    for name in ("w4a16", "w8a8-static", "w4a16-fast", "w4a16-4step", "tiny"):
+    for name in _RECIPES:
         text = library.find("recipes", name).read_text(encoding="utf-8")
         (folder / f"mine-{name}.yaml").write_text(text, encoding="utf-8")
 
@@ -309,7 +312,7 @@ KINDS: Final[tuple[Kind, ...]] = (
             ),
             names=("error: recipe ",),  # a plan calls it by the name in it
         )
-        for name in ("w4a16", "w8a8-static", "w4a16-fast", "w4a16-dmd")
+        for name in _RECIPES
     ),
     Kind(
         name="prompt set",
