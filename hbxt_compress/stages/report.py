@@ -16,7 +16,7 @@ from hbxt_compress.suite import Suite
 
 __all__ = ["FACTS", "VERSION", "report", "weights_at_hand"]
 
-VERSION = 4
+VERSION = 5
 FACTS = ("numpy", "torch", "lpips")
 _IN_PICTURE = 6
 

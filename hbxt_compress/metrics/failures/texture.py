@@ -108,7 +108,7 @@ class Seams:
     meaning: str = "borders of tiles are seen"
     unit: str = "levels of 255"
     tolerance: float = 0.5
-    alarm: float | None = 1.1
+    alarm: float | None = 1.0
 
     def signal(self, reference: Clip, candidate: Clip) -> float | None:
         """The step at the borders of the most likely tiling, less that of their neighbours.
@@ -124,6 +124,7 @@ class Seams:
 _RUN = 8  # pixels of a border whose step has one sign
 _MOST_FRAMES = 16  # looked at, for borders stay where they are
 _MOVED = 0.1  # pixels by which the picture may be moved, so that its edges step too
+_WIDE = 0.7  # of the steps two columns away
 _UNSURE = 0.3  # of the scatter of steps, by how much their median may be off
 
 
@@ -135,7 +136,11 @@ def _seam(right: np.ndarray, wrong: np.ndarray) -> float:
     scatter = np.abs(steps - came[..., None]).mean(axis=-1)
     edge = np.pad(np.median(_runs(np.abs(own)), axis=-1), ((0, 0), (1, 1)))
     edge = np.max([edge[:, :-2], edge[:, 1:-1], edge[:, 2:]], axis=0)
-    energy = np.maximum(came**2 - (_UNSURE * scatter) ** 2 - (_MOVED * edge) ** 2, 0)
+    # What moved or is new steps over several columns, a border over one or, as a line, over two.
+    far = np.abs(np.pad(came, ((0, 0), (2, 2))))
+    beside = np.maximum(far[:, :-4], far[:, 4:])
+    unsure = (_UNSURE * scatter) ** 2 + (_MOVED * edge) ** 2 + (_WIDE * beside) ** 2
+    energy = np.maximum(came**2 - unsure, 0)
     # A border runs through the frame: it is as strong as in its weaker runs.
     profile = np.quantile(energy, 0.4, axis=0)
     padded = np.pad(profile, 3, mode="reflect")
