@@ -272,6 +272,19 @@ def test_errors_in_other_directions_say_nothing_of_steps() -> None:
     assert FAILURES["off_by_one_step"].signal(clip, replace(clip, latents=apart)) is None
 
 
+@pytest.mark.parametrize("radius", [18, 20])
+def test_an_object_that_the_reference_has_not_shows_no_borders_of_tiles(radius: int) -> None:
+    y, x = np.mgrid[:64, :64]
+    inside = 1 / (1 + np.exp((np.hypot(x - 30, y - 34) - radius) / 1.5))
+    empty = np.full((17, 64, 64, 3), 115, np.uint8)
+    with_it = (empty - 95 * inside[..., None]).astype(np.uint8)
+    alarm = FAILURES["seams"].alarm
+    assert alarm is not None
+    assert _signal("seams", _of(empty), _of(with_it)) < alarm / 4
+    halves = np.where(x < 32, -2, 2)[..., None]  # beside it, or through it, a border is seen
+    assert _signal("seams", _of(empty), _of((with_it + halves).astype(np.uint8))) > alarm
+
+
 def test_one_step_early_is_one_step() -> None:
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(5, 4, 3, 8, 8)).astype(np.float32)
