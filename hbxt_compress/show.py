@@ -321,7 +321,10 @@ def table_of(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         right = column.startswith(">")
         table.add_column(
-            column.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
+            escape(column.lstrip(">")),
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=right,
         )
     return table
 

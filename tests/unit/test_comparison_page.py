@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hbxt_compress import show, show_quality
 from hbxt_compress.comparing import Compared, Comparison, Difference, beats
 from hbxt_compress.render.comparison import comparison_page, write_comparison
 from hbxt_compress.render.scatter import Point, scatter
@@ -51,6 +52,26 @@ def test_a_comparison_gives_the_page_what_it_asks_for() -> None:
     text = comparison_page(document)
     assert '<td class="worse">worse</td><td class="number">+2 dB</td>' in text
     assert "<strong>a</strong>" in text
+
+
+def test_a_terminal_of_80_columns_has_room_for_every_recipe_and_metric(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = ("psnr", "ssim", "lpips_squeeze", "temporal_error", "latent_error", "fd_temporal")
+    reports = tuple(
+        Compared(
+            name=name, bytes_after=10**6, seconds=1.0, damage=-40.0, outcome="pass",
+            values=dict.fromkeys(metrics, 0.0001234), differences=(), unbeaten=True,
+        )
+        for name in ("w4a16", "w4a16-budget", "[bold]mine[/bold]")
+    )  # fmt: skip
+    monkeypatch.setattr(show, "_LEAST_WIDTH", 80)
+    monkeypatch.setenv("COLUMNS", "80")
+    found = Comparison(suite="s", n_clips=8, quality="psnr", unit="dB", reports=reports)
+    show_quality.comparison(found, None, json_wanted=False)
+    said = capsys.readouterr().out
+    for part in (*metrics, *(one.name for one in reports), "1.00 MB", "0.0001234"):
+        assert part in said, said
 
 
 @pytest.mark.parametrize(
