@@ -149,6 +149,16 @@ def test_a_finding_leads_to_its_clip_even_a_folded_one(look: Look, shown: Shown)
         assert page.locator(link.get_attribute("href")).count() == 1
 
 
+def test_failures_that_were_not_found_are_folded_away(look: Look, shown: Shown) -> None:
+    page = look(shown[0])
+    decided = page.locator('section[aria-labelledby="decided"]')
+    expect(decided.get_by_text("frozen frames", exact=True)).to_be_visible()
+    passed = decided.get_by_text("colour shift", exact=True)
+    expect(passed).to_be_hidden()
+    page.locator("#not-found > summary").click()
+    expect(passed).to_be_visible()
+
+
 def test_the_heat_map_is_read_by_keyboard(look: Look, shown: Shown) -> None:
     page = look(shown[0])
     grid = page.locator("table.heat").first
