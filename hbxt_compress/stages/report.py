@@ -16,7 +16,7 @@ from hbxt_compress.suite import Suite
 
 __all__ = ["FACTS", "VERSION", "report", "weights_at_hand"]
 
-VERSION = 5
+VERSION = 6
 FACTS = ("numpy", "torch", "lpips")
 _IN_PICTURE = 6
 

@@ -285,6 +285,17 @@ def test_an_object_that_the_reference_has_not_shows_no_borders_of_tiles(radius: 
     assert _signal("seams", _of(empty), _of((with_it + halves).astype(np.uint8))) > alarm
 
 
+@pytest.mark.parametrize(("light", "dark", "wraps"), [(212, 43, False), (250, 4, True)])
+def test_a_dark_spot_is_an_overflow_only_if_256_more_is_near(
+    light: int, dark: int, wraps: bool
+) -> None:
+    right = np.full((17, 64, 64, 3), light, np.uint8)
+    wrong = right.copy()
+    wrong[:, 30:34, 30:34] = dark
+    assert (_signal("uint8_wrap", _of(right), _of(wrong)) > 0) is wraps
+    assert (_signal("uint8_wrap", _of(~right), _of(~wrong)) > 0) is wraps  # to white
+
+
 def test_one_step_early_is_one_step() -> None:
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(5, 4, 3, 8, 8)).astype(np.float32)

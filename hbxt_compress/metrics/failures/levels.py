@@ -35,7 +35,7 @@ __all__ = [
     "Uint8Wrap",
 ]
 
-_WRAP = 150  # levels between light and what an overflow leaves
+_WRAP = 180  # levels between light and what an overflow leaves: what is nearer was no overflow
 _AROUND = 110  # levels between a spot and what is around it, of the candidate itself
 _SAME = 8.0  # levels squared that a map changes
 _LEAST = 3.0  # levels of contrast or colour, of which a share can be told
