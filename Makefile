@@ -12,6 +12,8 @@ VENV ?= .venv
 EXTRA ?=
 # of `release`: a private key in PEM
 KEY ?=
+# of `bench-failures`: a folder of videos, beside drawn scenes
+REAL ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 # of bench-scale's random checkpoints; 5B needs 10 GB of disk for the checkpoint, as much for results,
@@ -28,7 +30,7 @@ ARTIFACT := $(BUILD)/$(NAME)/artifact
 REPORT := $(BUILD)/$(NAME)/report
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quantize evaluate release generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-light bench-w8a8 bench-fit bench-fuzz cards amd-wheels reference-model clean
+.PHONY: help setup quantize evaluate release generate recipes browser test check bench bench-quality bench-scale bench-speed bench-students bench-gate bench-failures bench-light bench-w8a8 bench-fit bench-fuzz cards amd-wheels reference-model clean
 
 help: ## explain these targets
 	@echo "make quantize RECIPE=w4a16 compresses the built-in model; nothing else has to be run first."
@@ -103,6 +105,9 @@ bench-students: $(VENV)/installed ## students beside their teacher, 256 clips ea
 
 bench-gate: $(VENV)/installed ## how often the gate fails full precision disturbed by rounding: build/bench/gate.json
 	$(BIN)/python tests/bench/gate.py --store $(STORE) --out $(BUILD)/bench
+
+bench-failures: $(VENV)/installed ## what the failure detectors catch and let pass: drawn scenes, and videos in REAL=folder
+	$(BIN)/python tests/bench/failures.py $(if $(REAL),--real $(REAL)) --out $(BUILD)/bench/failures
 
 bench-w8a8: $(VENV)/installed ## a step with 8-bit activations against the float32 graph, ONNX Runtime CPU
 	$(BIN)/python tests/bench/w8a8_speed.py --json $(BUILD)/bench/w8a8.json

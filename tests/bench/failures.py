@@ -5,15 +5,17 @@
 
 Every failure of corpus.py at every strength is done to every scene, then an honest damage chosen by
 chance (none, noise, 8-bit-like, 4-bit-like, H.264), and the signals are kept, one JSON file a
-failure; a run that is stopped goes on. Trials are drawn from them: sets of 16 scenes that are all
-damaged, or of which one is. Prints Markdown tables, of misses at each strength (the visible one
-is marked) and of false alarms, and writes failures.json. --candidate: clips of a real artifact, of
-the same prompts and seeds as --reference, for whose findings nobody vouches.
+failure: a run that is stopped goes on, unless detectors or corpus changed. Trials are drawn from
+them: sets of 16 scenes that are all damaged, or of which one is. Prints Markdown tables, of misses
+at each strength (the visible one is marked) and of false alarms, and writes failures.json.
+--candidate: clips of a real artifact, of the same prompts and seeds as --reference, for whose
+findings nobody vouches.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 import zlib
@@ -29,6 +31,7 @@ from markdown_table import markdown_table
 from scenes import Scene, drawn, filmed, generated
 
 from hbxt_compress.clips import Clip, ClipSet
+from hbxt_compress.metrics import failures
 from hbxt_compress.metrics.failures import FAILURES, find, signals
 from hbxt_compress.metrics.pixels import psnr
 from hbxt_compress.report import Finding
@@ -149,15 +152,26 @@ def false_alarms(good: Signals, n_trials: int) -> tuple[float, float, dict[str, 
     return 100 * fired / n_trials, 100 * unsure / n_trials, {n: k for n, k in by.items() if k}
 
 
+def _code() -> str:
+    """sha256 of the detectors and of the corpus: signals of other code are made anew."""
+    folders = Path(failures.__file__).parent, Path(__file__).parent
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def _kept(path: Path, make: Mapping[str, object]) -> tuple[Signals, list[bool]]:
-    """measured(**make), from the file if it is there."""
-    if not path.exists():
-        began = time.process_time()
-        found, visible = measured(**make)  # type: ignore[arg-type]
-        record = {"signals": found, "seen": visible, "seconds": time.process_time() - began}
-        path.write_text(json.dumps(record), encoding="utf-8")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record["signals"], record["seen"]
+    """measured(**make), from the file if this code wrote it."""
+    code = _code()
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("code") == code:
+            return record["signals"], record["seen"]
+    began = time.process_time()
+    found, visible = measured(**make)  # type: ignore[arg-type]
+    seconds = time.process_time() - began
+    record = {"signals": found, "seen": visible, "seconds": seconds, "code": code}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return found, visible
 
 
 def cost_ms(scenes: Sequence[Scene]) -> dict[str, float]:

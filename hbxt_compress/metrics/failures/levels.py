@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 _WRAP = 180  # levels between light and what an overflow leaves: what is nearer was no overflow
-_AROUND = 110  # levels between a spot and what is around it, of the candidate itself
 _SAME = 8.0  # levels squared that a map changes
 _LEAST = 3.0  # levels of contrast or colour, of which a share can be told
 _BLOCK = 4  # pixels; means over blocks are what noise leaves alone
@@ -228,10 +227,7 @@ class Uint8Wrap:
 def _overflowed(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     """Bool T H W 3: dark spots that lie in light, where the reference is light."""
     spots = (right > _WRAP) & (wrong < right - _WRAP)
-    if not spots.any():
-        return spots
-    around = _closed(wrong).astype(np.int16)
-    return np.asarray(spots & (around > _WRAP) & (around - wrong > _AROUND))
+    return np.asarray(spots & (_closed(wrong) > _WRAP)) if spots.any() else spots
 
 
 def _closed(frames: np.ndarray) -> np.ndarray:
